@@ -1,0 +1,46 @@
+# make setup | demo | test | check | slow | bench   -- each does all the set-up it needs, in .venv of this clone.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: setup demo test check format lint types contracts slow bench clean
+
+setup: $(STAMP)
+
+# uv when it can be had, pip otherwise: same constraints, same result.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv || true
+	if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/bitmill demo
+
+test: setup
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+
+check: format lint types contracts test
+
+format: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+slow: setup
+	$(BIN)/pytest -m slow
+
+bench: setup
+	for name in benchmarks/*.py; do $(BIN)/python "$$name" || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info

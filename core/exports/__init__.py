@@ -1,0 +1,1 @@
+"""Layouts in which a quantised model leaves Bitmill, and what reads them back."""

@@ -1,0 +1,1 @@
+"""Number formats as value tables, without torch."""

@@ -1,0 +1,44 @@
+"""Step evaluate: the assembled files, decoded as a user would decode them, against the reference model.
+
+Values: {metrics: {kl_mean, kl_stderr, kl_median, kl_p99, top1_agreement, perplexity, reference_perplexity, sequences,
+tokens, sequence_length, text_sha256, per_sequence}}; KL in nats per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from core.evaluation.divergence import evaluate as compare
+from core.exports.artefact import Artefact
+from core.exports.report import rounded
+from core.jobs.steps import StepOutput, StepRequest
+from core.pipeline.assemble import open_files
+from core.pipeline.context import StepContext
+from core.pipeline.fetch import open_checkpoint
+from core.pipeline.forward import network_of, resolve_device, windows_of
+
+
+def evaluate(request: StepRequest, ctx: StepContext) -> StepOutput:
+    """Measure the artefact on the recipe's evaluation text."""
+    source = open_checkpoint(ctx, request.outputs("fetch")[0])
+    assembled = request.outputs("assemble")[0]
+    weight_files = assembled.values["weight_files"]
+    artefact = Artefact.open(open_files(ctx, {name: assembled.files[name] for name in weight_files}))
+    device = resolve_device(ctx.device)
+    windows = windows_of(source, request.params["evaluation"], "evaluation")
+    ctx.progress(0.0, "loading the reference")
+    reference = network_of(source, device)
+    ctx.check()
+    ctx.progress(0.05, "decoding the artefact")
+    candidate = network_of(source, device, artefact.decode)
+    metrics = compare(reference, candidate, windows, ctx.within(0.1, 1).progress)
+    return StepOutput(values={"metrics": metrics_json(asdict(metrics)) | {"text_sha256": windows.sha256}})
+
+
+def metrics_json(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The measured numbers with six significant digits."""
+    return {
+        name: [rounded(item) for item in value] if isinstance(value, list | tuple) else rounded(value)
+        for name, value in metrics.items()
+    }

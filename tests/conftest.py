@@ -1,0 +1,8 @@
+"""What every test shares: one thread per process, so that parallel test processes do not fight over the cores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
