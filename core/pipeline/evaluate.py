@@ -16,7 +16,7 @@ from core.jobs.steps import StepOutput, StepRequest
 from core.pipeline.assemble import open_files
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import open_checkpoint
-from core.pipeline.forward import network_of, resolve_device, windows_of
+from core.pipeline.forward import listening, network_of, resolve_device, windows_of
 
 
 def evaluate(request: StepRequest, ctx: StepContext) -> StepOutput:
@@ -32,7 +32,7 @@ def evaluate(request: StepRequest, ctx: StepContext) -> StepOutput:
     ctx.check()
     ctx.progress(0.05, "decoding the artefact")
     candidate = network_of(source, device, artefact.decode)
-    metrics = compare(reference, candidate, windows, ctx.within(0.1, 1).progress)
+    metrics = compare(reference, candidate, windows, listening(ctx.within(0.1, 1)))
     return StepOutput(values={"metrics": metrics_json(asdict(metrics)) | {"text_sha256": windows.sha256}})
 
 

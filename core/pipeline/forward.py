@@ -1,4 +1,4 @@
-"""What a forward pass through a checkpoint needs beside its weights: a device, and its text as tokens.
+"""What a forward pass through a checkpoint needs beside its weights: a device, its text as tokens, an ear.
 
 Used by calibrate, evaluate and allocation towards a KL target. Loads one network at a time per call; nothing is cached.
 """
@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from core.errors import MissingFile
-from core.evaluation.text import Windows, token_windows
+from core.errors import InvalidCheckpoint, MissingFile
+from core.evaluation.text import MAX_TEXT_BYTES, Windows, token_windows
 from core.networks import load_network
+from core.pipeline.context import Progress, StepContext
 from core.storage.checkpoint import CheckpointIndex
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -34,15 +35,46 @@ def network_of(
 
 
 def windows_of(index: CheckpointIndex, spec: dict[str, Any], split: Literal["calibration", "evaluation"]) -> Windows:
-    """Token windows of a text by the checkpoint's own tokenizer; EmptyText, or MissingFile without a tokenizer."""
-    if TOKENIZER_FILE not in index.files:
-        raise MissingFile("a forward pass needs the tokenizer", where=TOKENIZER_FILE, hint="add it to the checkpoint")
-    source = index.files[TOKENIZER_FILE]
+    """Token windows of a text by the checkpoint's own tokenizer, no longer than the positions that the model has.
+
+    EmptyText, MissingFile without a tokenizer or text, and what `token_windows` raises for them.
+    """
     return token_windows(
-        bytes(source.read(0, source.size)),
+        _read_file(index, TOKENIZER_FILE, "a forward pass needs the tokenizer"),
         spec["text"],
         split,
         sequences=spec["sequences"],
-        sequence_length=spec["sequence_length"],
+        sequence_length=min(spec["sequence_length"], _positions(index.config)),
         seed=spec.get("seed", 0),
+        open_file=lambda name: _read_file(index, name, "the text is not in the checkpoint"),
     )
+
+
+def listening(ctx: StepContext) -> Progress:
+    """The context's progress, which first asks whether to stop: for work that knows progress only."""
+
+    def heard(fraction: float, what: str) -> None:
+        ctx.check()
+        ctx.progress(fraction, what)
+
+    return heard
+
+
+def _read_file(index: CheckpointIndex, name: str, why: str) -> bytes:
+    if name not in index.files:
+        raise MissingFile(why, where=name[:200], hint="add it to the checkpoint")
+    source = index.files[name]
+    if source.size > MAX_TEXT_BYTES:
+        raise InvalidCheckpoint(f"larger than {MAX_TEXT_BYTES >> 20} MiB", where=name)
+    return bytes(source.read(0, source.size))
+
+
+def _positions(config: dict[str, Any]) -> int:
+    """How many positions the config gives the model; practically endless when it does not say."""
+    text = config.get("text_config")
+    stated = [
+        part.get(key)
+        for part in (config, text if isinstance(text, dict) else {})
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length")
+    ]
+    return min((count for count in stated if isinstance(count, int) and count > 1), default=1 << 30)

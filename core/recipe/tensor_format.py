@@ -117,22 +117,24 @@ class TensorFormat:
     def with_bits(self, bits: float) -> TensorFormat:
         """The same kind of format with another width. A float keeps its exponent bits and changes its mantissa.
 
-        A mode that an odd number of codes cannot have becomes sym, so widths are best derived from one base format.
+        A mode that an odd number of codes cannot have becomes sym, so widths are best derived from one base format;
+        under signmax a codebook's mode always follows from its number of codes.
         """
         if self.family == "float":
             mantissa = bits - 1 - (self.exponent_bits or 0)
             if mantissa != int(mantissa) or mantissa < 0:
                 raise _invalid(f"a float with {self.exponent_bits} exponent bits has no {bits:g}-bit form", str(self))
             return replace(self, bits=bits, mantissa_bits=int(mantissa))
-        parity_fits = self.family == "int" or self.mode in ("", "sym") or round(2**bits) % 2 == 0
-        return replace(self, bits=bits, mode=self.mode if parity_fits else "")
+        parity_fits = self.mode in ("", "sym") or round(2**bits) % 2 == 0
+        fits = self.family == "int" or (parity_fits and self.statistic != "signmax")
+        return replace(self, bits=bits, mode=self.mode if fits else "")
 
     def allowed_widths(self) -> tuple[float, ...]:
         """The widths, ascending, that an allocator should choose from.
 
         Integers of 2 to 8 bits for int, every mantissa from 0 up to 8 bits for float. Codebooks: 2 (3 under absmax,
         where clipped block maxima make 2 bits useless) to 8 bits in steps of about a half below 7 bits; the half steps
-        are the bits of the nearest even number of codes, because odd ones lose the zero code or waste one.
+        have 3 * 2^k codes, an even number (odd ones lose the zero code or waste one) that packs with little loss.
         """
         if self.family == "int":
             return tuple(float(bits) for bits in range(2, 9))
@@ -311,9 +313,8 @@ def _least_codes(fmt: TensorFormat) -> int:
 
 
 def _half_step(bits: int) -> float:
-    """The bits, to two decimals, of the even number of codes nearest to 2**(bits + 1/2)."""
-    codes = 2 * round(2 ** (bits - 0.5))
-    return round(math.log2(codes), 2)
+    """The bits, to two decimals, of 3 * 2**(bits - 1) codes."""
+    return round(math.log2(3 << (bits - 1)), 2)
 
 
 def _optional_float(text: str | None) -> float | None:

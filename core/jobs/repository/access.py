@@ -40,16 +40,12 @@ def hold(session: WriteSession, owner: str, key: str, body_hash: str, abandoned_
     """Take the key for a request in flight: True when it was free, or its holder died that long ago with this body."""
     statement = insert(Idempotency).values(owner=owner, key=key, body_hash=body_hash)
     limit = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, abandoned_s)
-    done = session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[Idempotency.owner, Idempotency.key],
-            set_={"created_at": func.clock_timestamp()},
-            where=Idempotency.answer.is_(None)
-            & (Idempotency.body_hash == body_hash)
-            & (Idempotency.created_at < limit),
-        )
+    taken = statement.on_conflict_do_update(
+        index_elements=[Idempotency.owner, Idempotency.key],
+        set_={"created_at": func.clock_timestamp()},
+        where=Idempotency.answer.is_(None) & (Idempotency.body_hash == body_hash) & (Idempotency.created_at < limit),
     )
-    return int(done.rowcount) == 1  # type: ignore[attr-defined]
+    return session.scalar(taken.returning(Idempotency.key)) is not None
 
 
 def remembered(session: ReadSession, owner: str, key: str) -> Idempotency | None:

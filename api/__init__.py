@@ -1,0 +1,1 @@
+"""HTTP: routes, problem details, authentication, event streams and the dashboard's pages. Never loads torch."""

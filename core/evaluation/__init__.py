@@ -1,0 +1,1 @@
+"""How far a quantised model is from its reference, and on which text."""

@@ -1,0 +1,124 @@
+"""How many bytes a tensor takes in a format, exactly and before anything is encoded; pure arithmetic without torch.
+
+Codes lie in one or two planes, one after the other. A plane packs digits in groups: `group` digits d_0, d_1, ... of
+radix r are one little-endian number d_0 + d_1 r + d_2 r^2 ... of `width` bytes; the last group takes only the bytes
+that it needs. For powers of two that is plain bit packing, lowest bits first (4 bits: the first code is the low
+nibble). For other numbers of codes n = low * high two planes of code % low and code // low often come closer to log2 n
+bits than one: 12 codes are 2 bits and five ternary digits a byte, 3.6 bits. More than 256 codes: low bytes, and what is
+above them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import lcm, prod
+
+from core.recipe.tensor_format import TensorFormat
+
+_MAX_WIDTH = 7  # bytes of a group: its number fits a signed 64-bit integer
+_BYTE = 256
+
+SCALE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "e8m0": "U8"}
+SCALE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8}
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """`group` codes of radix `radix` in `width` bytes; radix at most 256."""
+
+    radix: int
+    group: int
+    width: int
+
+    def nbytes(self, count: int) -> int:
+        """Bytes of `count` packed codes."""
+        whole, rest = divmod(count, self.group)
+        return whole * self.width + self.tail_bytes(rest)
+
+    def tail_bytes(self, rest: int) -> int:
+        """Bytes of a last group of `rest` codes: the least in which its largest number fits."""
+        largest: int = self.radix**rest - 1
+        return (largest.bit_length() + 7) // 8
+
+    @property
+    def bits(self) -> float:
+        """Bits per code in whole groups."""
+        return 8 * self.width / self.group
+
+
+@lru_cache(maxsize=512)
+def group_layout(radix: int) -> GroupLayout:
+    """The layout with the fewest bits per code, and of those the smallest."""
+    if radix <= 1:
+        return GroupLayout(1, 1, 0)
+    layouts = []
+    for width in range(1, _MAX_WIDTH + 1):
+        group = 1
+        while radix ** (group + 1) <= _BYTE**width:
+            group += 1
+        if radix**group <= _BYTE**width:
+            layouts.append(GroupLayout(radix, group, width))
+    return min(layouts, key=lambda layout: (layout.bits, layout.width))
+
+
+@lru_cache(maxsize=512)
+def planes(codes: int) -> tuple[GroupLayout, ...]:
+    """The layouts of a format's code planes, low digit first: those that take the fewest bits, one plane if it does."""
+    if codes > _BYTE:
+        return (group_layout(_BYTE), group_layout(-(-codes // _BYTE)))
+    candidates = [(group_layout(codes),)] + [
+        (group_layout(low), group_layout(codes // low)) for low in range(2, codes) if codes % low == 0
+    ]
+    return min(candidates, key=lambda found: (sum(plane.bits for plane in found), len(found), _awkwardness(found[0])))
+
+
+def group_of(codes: int) -> int:
+    """Codes after which every plane begins a new group: where a tensor may be cut into pieces."""
+    return lcm(*(plane.group for plane in planes(codes)))
+
+
+def _awkwardness(low: GroupLayout) -> tuple[bool, int]:
+    """Powers of two first: their digits are masks and shifts."""
+    return low.radix & (low.radix - 1) != 0, low.radix
+
+
+def packed_bytes(codes: int, count: int) -> int:
+    """Bytes of `count` codes of a format that has `codes` of them."""
+    return sum(plane.nbytes(count) for plane in planes(codes))
+
+
+def packed_bits(codes: int) -> float:
+    """Bits per code of long tensors."""
+    return sum(plane.bits for plane in planes(codes))
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor as rows of its last dimension; a scalar is one row of one."""
+    if not shape:
+        return 1, 1
+    return prod(shape[:-1]), shape[-1]
+
+
+def scale_shape(fmt: TensorFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One scale for a tensor, one per row, or (rows, blocks of a row); a ragged last block has its own."""
+    rows, columns = matrix_shape(shape)
+    if fmt.granularity == "tensor":
+        return (1,)
+    if isinstance(fmt.granularity, int):
+        return rows, -(-columns // fmt.granularity)
+    return (rows,)
+
+
+def stored_parts(fmt: TensorFormat, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The parts of an encoded tensor: name -> (safetensors dtype, shape). Layout version 1.
+
+    `codes`: packed, U8. `scales`. `codebook`: the table of a codebook element, F32, from which alone it is decoded.
+    """
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "codes": ("U8", (packed_bytes(fmt.codes, prod(shape)),)),
+        "scales": (SCALE_DTYPES[fmt.scale_format], scale_shape(fmt, shape)),
+    }
+    if fmt.is_codebook:
+        parts["codebook"] = ("F32", (fmt.codes,))
+    return parts

@@ -1,0 +1,277 @@
+"""Step allocate: a tensor format for every tensor, under the recipe's budget.
+
+Files: allocation.json, a `Plan`. Values: {predicted_kl, predicted_bits_per_param, predicted_bytes, warnings, rounds}.
+Budgets in bits or bytes are met by the exact size of the weight files. A KL target is met as measured: choices are
+encoded in memory by the recipe's rounding and compared with the reference on the calibration text, a few times.
+Without calibration nothing is predicted. Nothing of what is encoded here is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.allocation.fisher import Fisher
+from core.allocation.forecast import Evidence, Forecast, grouping_cost_bits
+from core.allocation.heuristic import heuristic
+from core.allocation.search import Round, best, search
+from core.allocation.sizes import Formats, Sizes
+from core.allocation.space import Space, build_space
+from core.allocation.uniform import uniform
+from core.errors import BitmillError, InfeasibleTarget
+from core.evaluation.divergence import evaluate as compare
+from core.exports.layout import KEEP
+from core.exports.report import rounded
+from core.ids import derived_seed
+from core.jobs.steps import StepOutput, StepRequest
+from core.pipeline.assemble import open_files
+from core.pipeline.calibrate import FISHER_FILE
+from core.pipeline.context import StepContext
+from core.pipeline.fetch import open_checkpoint
+from core.pipeline.forward import network_of, resolve_device, windows_of
+from core.pipeline.plan_file import PLAN_FILE, Plan, PlannedTensor
+from core.recipe.allocation import AllocationSpec
+from core.recipe.override import Override
+from core.recipe.rounding import RoundingSpec
+from core.recipe.target import Target
+from core.recipe.tensor_format import TensorFormat, parse
+from core.rounding.base import round_tensor
+from core.storage.checkpoint import CheckpointIndex
+from core.tensors.reader import read_tensor
+
+Method = Callable[[int], Formats]
+
+_FORECAST_ROUNDS, _MEASURED_ROUNDS = 8, 4
+_START_BITS = 4.25
+_MEASURED_SEQUENCES = 32
+_AT_A_CLAMP = 0.05
+_GROUPING_COST = 0.1
+
+
+def allocate(request: StepRequest, ctx: StepContext) -> StepOutput:
+    """Plan; InfeasibleTarget when no choice meets the target, InvalidRecipe when its bounds leave no width."""
+    job = _Job.of(request, ctx)
+    plan = job.plan()
+    file = ctx.publish_bytes(request, PLAN_FILE, plan.to_bytes())
+    values = {
+        "predicted_kl": plan.predicted_kl,
+        "predicted_bits_per_param": plan.predicted_bits_per_param,
+        "predicted_bytes": plan.predicted_bytes,
+        "warnings": list(plan.warnings),
+        "rounds": list(plan.rounds),
+    }
+    return StepOutput(files={PLAN_FILE: file}, values=values)
+
+
+def read_evidence(ctx: StepContext, calibrated: StepOutput, space: Space) -> Evidence:
+    """What a finished calibrate step knows about the groups."""
+    stored = open_files(ctx, {"fisher": calibrated.files[FISHER_FILE]})
+
+    def rows(name: str) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        key = f"{name}.rows"
+        return read_tensor(stored, key).double().numpy() if key in stored.tensors else None
+
+    means = {name: float(one["mean"]) for name, one in calibrated.values["tensors"].items()}
+    return Evidence.of(means, rows, space.groups)
+
+
+def method_of(name: str, sizes: Sizes, base: TensorFormat, forecast: Forecast | None) -> Method:
+    """The allocation method of that name as a function of a budget in bytes."""
+    if name == "uniform":
+        return lambda budget: uniform(sizes, base, budget)
+    if name == "heuristic":
+        return lambda budget: heuristic(sizes, base, budget)
+    if forecast is None:
+        raise BitmillError("allocation by Fisher information without calibration", where="allocation")
+    return Fisher(sizes, base, forecast)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One allocation: the checkpoint, what may be chosen, and what is known about it."""
+
+    ctx: StepContext
+    source: CheckpointIndex
+    target: Target
+    sizes: Sizes
+    forecast: Forecast | None
+    method: Method
+    is_fisher: bool
+    calibration: dict[str, Any]
+    rounding: RoundingSpec
+    seed: int
+
+    @classmethod
+    def of(cls, request: StepRequest, ctx: StepContext) -> _Job:
+        params, calibrated = request.params, request.outputs("calibrate")
+        ctx = replace(ctx, device=resolve_device(ctx.device))
+        source = open_checkpoint(ctx, request.outputs("fetch")[0])
+        base, spec = parse(params["format"]), AllocationSpec.model_validate(params["allocation"])
+        overrides = [Override.model_validate(one) for one in params["overrides"]]
+        space = build_space(source, base, spec, overrides, params["groups"])
+        sizes, forecast = Sizes(source, space), None
+        if calibrated:
+            evidence = read_evidence(ctx, calibrated[0], space)
+            forecast = Forecast(source, evidence, ctx.device, _ticker(ctx.within(0.0, 0.5), space))
+        return cls(
+            ctx=ctx,
+            source=source,
+            target=Target.model_validate(params["target"]),
+            sizes=sizes,
+            forecast=forecast,
+            method=method_of(spec.name, sizes, base, forecast),
+            is_fisher=spec.name == "fisher",
+            calibration=params["calibration"] or {},
+            rounding=RoundingSpec.model_validate(params["rounding"]),
+            seed=request.seed,
+        )
+
+    def plan(self) -> Plan:
+        """The plan that meets the target."""
+        if self.target.kl is None:
+            return self._described(self.method(self.sizes.target_bytes(self.target)), ())
+        formats, rounds = self._towards_kl(self.target.kl)
+        return self._described(formats, rounds)
+
+    def _towards_kl(self, target: float) -> tuple[Formats, list[Round]]:
+        """Fewest bits at which the measured KL is within the target, beginning where the forecast meets it."""
+        found: dict[float, Formats] = {}
+
+        def by(measure: Callable[[Formats, float], float]) -> Callable[[float], Round]:
+            def at(bits: float) -> Round:
+                formats = self.method(max(self.sizes.budget(bits), self.sizes.least))
+                stored = self.sizes.bits(self.sizes.exact(formats))
+                found[stored] = formats
+                return Round(stored, measure(formats, stored))
+
+            return at
+
+        least, most = self.sizes.bits(self.sizes.least), self.sizes.bits(self.sizes.most + 8)
+        guessed = search(
+            target,
+            by(lambda formats, _: self._predicted(formats)),
+            start=_START_BITS,
+            least=least,
+            most=most,
+            rounds=_FORECAST_ROUNDS,
+        )
+        start = min(guessed, key=lambda one: abs(one.kl - target)).bits
+        measured = _Measured(self)
+        rounds = search(target, by(measured.kl), start=start, least=least, most=most, rounds=_MEASURED_ROUNDS)
+        reached = best(rounds, target)
+        if reached is None:
+            lowest = min(rounds, key=lambda one: one.kl)
+            raise InfeasibleTarget(
+                f"a KL of {target:g} cannot be met, the smallest measured is {lowest.kl:.3g} at {lowest.bits:.3f} bits "
+                f"per parameter",
+                where="target.kl",
+                hint="raise the target, allow larger widths, smaller blocks or a better format",
+            )
+        return found[reached.bits], rounds
+
+    def _predicted(self, formats: Formats) -> float:
+        if self.forecast is None:
+            raise BitmillError("a KL target without calibration", where="target.kl")
+        return self.forecast.total(_encoded(self.sizes.space.choice(formats)))
+
+    def _described(self, formats: Formats, rounds: list[Round] | tuple[()]) -> Plan:
+        """The plan of a choice, with exact sizes and everything that is predicted of it."""
+        choice = self.sizes.space.choice(formats)
+        size = self.sizes.exact(formats)
+        return Plan(
+            tensors=tuple(self._planned(name, text) for name, text in choice.items()),
+            predicted_bytes=size,
+            predicted_bits_per_param=rounded(self.sizes.bits(size)),
+            predicted_kl=rounded(self.forecast.total(_encoded(choice))) if self.forecast else None,
+            warnings=tuple(self._warnings(formats)),
+            rounds=tuple({"bits_per_param": rounded(one.bits), "kl": rounded(one.kl)} for one in rounds),
+        )
+
+    def _planned(self, name: str, text: str) -> PlannedTensor:
+        entry, forecast = self.source.tensors[name], self.forecast
+        mean = forecast.evidence.means.get(name) if forecast else None
+        stored = entry.nbytes if text == KEEP else self.sizes.tensor(name, text)
+        predicted = None if forecast is None else 0.0 if text == KEEP else forecast.tensor(name, text)
+        return PlannedTensor(
+            name=name,
+            format=text,
+            bits=rounded(8 * stored / max(entry.elements, 1)),
+            stored_bytes=stored,
+            fisher_mean=rounded(mean),
+            predicted_kl=rounded(predicted),
+        )
+
+    def _warnings(self, formats: Formats) -> list[str]:
+        """What a user should know about a choice, in sentences."""
+        groups, said = self.sizes.space.groups, list(self.sizes.space.warnings)
+        if self.forecast and (missed := self.forecast.evidence.not_reached(groups)):
+            floor = "; they have at least the uniform width" if self.is_fisher else ""
+            said.append(f"calibration did not reach {len(missed)} tensors{floor}: {', '.join(missed)}")
+        if not self.is_fisher:
+            return said
+        sizes = {one.name: sum(self.source.tensors[name].elements for name in one.members) for one in groups}
+        for end, at in (("smallest", 0), ("largest", -1)):
+            clamped = [one for one in groups if len(one.widths) > 1 and formats[one.name] == one.formats[at]]
+            share = sum(sizes[one.name] for one in clamped) / max(sum(sizes.values()), 1)
+            if share > _AT_A_CLAMP:
+                said.append(f"{100 * share:.0f} % of the quantised weights have the {end} width that they may have")
+        if self.forecast and (cost := grouping_cost_bits(self.forecast, groups)) > _GROUPING_COST:
+            said.append(f"sharing formats within fused groups costs about {cost:.2f} bits per weight")
+        return said
+
+
+class _Measured:
+    """The KL of choices, measured on the calibration text with the weights that quantising would store."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._known: dict[float, float] = {}
+        spec = job.calibration
+        spec = spec | {"sequences": min(spec["sequences"], _MEASURED_SEQUENCES)}
+        self._windows = windows_of(job.source, spec, "calibration")
+        self._reference = network_of(job.source, job.ctx.device)
+
+    def kl(self, formats: Formats, stored: float) -> float:
+        """Nats per token of a choice that is stored in that many bits per parameter."""
+        if stored not in self._known:
+            self._known[stored] = self._measure(self._job.sizes.space.choice(formats))
+        return self._known[stored]
+
+    def _measure(self, choice: Mapping[str, str]) -> float:
+        job, number = self._job, len(self._known)
+        low = 0.5 + 0.5 * number / (number + 2)
+        part = job.ctx.within(low, 0.5 + 0.5 * (number + 1) / (number + 3))
+        part.check()
+        candidate = network_of(job.source, job.ctx.device, lambda name: self._decoded(name, choice[name]))
+        return compare(self._reference, candidate, self._windows, part.progress).kl_mean
+
+    def _decoded(self, name: str, text: str) -> torch.Tensor:
+        job = self._job
+        job.ctx.check()
+        weight = read_tensor(job.source, name)
+        if text == KEEP:
+            return weight
+        seed = derived_seed(job.seed, name)
+        encoded = round_tensor(weight.to(job.ctx.device), parse(text), job.rounding, sensitivity=None, seed=seed)
+        return encoded.decode().to(weight.dtype)
+
+
+def _encoded(choice: Mapping[str, str]) -> dict[str, str]:
+    """A choice without what is kept."""
+    return {name: text for name, text in choice.items() if text != KEEP}
+
+
+def _ticker(ctx: StepContext, space: Space) -> Callable[[str], None]:
+    """What is called before each tensor is measured: reports, and lets the step be stopped."""
+    total, seen = sum(len(group.members) for group in space.groups) or 1, set[str]()
+
+    def tick(name: str) -> None:
+        ctx.check()
+        seen.add(name)
+        ctx.progress(len(seen) / total, name)
+
+    return tick

@@ -1,0 +1,37 @@
+"""The door of rounding: a tensor, a format and a method go in, codes come out.
+
+Methods are a closed set, one file each: `round(weight, format, sensitivity, params) -> EncodedTensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from core.recipe.rounding import RoundingSpec
+from core.recipe.tensor_format import TensorFormat
+from core.rounding import nearest
+from core.tensors.encoded import EncodedTensor
+
+
+class Sensitivity(Protocol):
+    """What tells a method how much an error costs."""
+
+    @property
+    def covariance(self) -> torch.Tensor | None:
+        """E[x x^T] of the layer's inputs, (in, in), where it was gathered."""
+        ...
+
+
+_METHODS: dict[str, Callable[[torch.Tensor, TensorFormat, Sensitivity | None, RoundingSpec, int], EncodedTensor]] = {
+    "nearest": nearest.round_tensor,
+}
+
+
+def round_tensor(
+    weight: torch.Tensor, fmt: TensorFormat, spec: RoundingSpec, *, sensitivity: Sensitivity | None, seed: int
+) -> EncodedTensor:
+    """Encode `weight` (any shape, floating) by the method that `spec` names. `seed` is the tensor's own."""
+    return _METHODS[spec.name](weight, fmt, sensitivity, spec, seed)

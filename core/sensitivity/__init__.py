@@ -1,0 +1,1 @@
+"""What tells how much an error in a tensor costs."""

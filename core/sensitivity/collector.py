@@ -1,0 +1,206 @@
+"""Squared gradients of matrices, summed from what hooks see: layer inputs on the way forward, output gradients back.
+
+For a layer y = x Wᵀ (+ b) the sum over tokens of (g_t x_tᵀ)∘(g_t x_tᵀ) has row sums Σ_t g_t² ‖x_t‖²: the forward hook
+keeps ‖x_t‖², the hook on the output's gradient adds. Each call keeps its own numbers, so layers that are called several
+times, and activation checkpointing, are right. Layers of another kind than linear (either orientation) and embedding
+are told apart by what they compute, not by their names, and reported with a reason instead of measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from core.networks import tensor_names
+
+_TILE_ELEMENTS = 1 << 18  # of gradients squared at a time: they stay in the cache
+_PROBED_TOKENS = 32
+Kind = Literal["rows", "columns", "table"]
+
+
+@dataclass
+class _Matrix:
+    """A parameter that is measured: its sums (2 halves, first dimension), fp64, and what its layer turned out to be."""
+
+    rows: torch.Tensor
+    elements: int
+    called: bool = False
+
+
+class Collector:
+    """A context manager that hooks into every layer of a network which has a matrix. Use `batch` around each pass.
+
+    Within it no parameter requires a gradient; afterwards each is as it was.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.sequences = 0
+        self.reasons: dict[str, str] = {}
+        self._network, self._half = network, 0
+        self._handles: list[RemovableHandle] = []
+        self._kinds: dict[tuple[nn.Module, int], tuple[Kind, float] | None] = {}
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self._tensor_names = tensor_names(network)
+        self._matrices = {
+            id(parameter): _Matrix(
+                torch.zeros(2, parameter.shape[0], dtype=torch.float64, device=parameter.device), parameter.numel()
+            )
+            for parameter in network.parameters()
+            if parameter.ndim == 2
+        }
+        self._wanted = [parameter.requires_grad for parameter in network.parameters()]
+
+    def __enter__(self) -> Self:
+        self._network.requires_grad_(False)
+        for module in self._network.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 2:
+                self._handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+        for parameter, wanted in zip(self._network.parameters(), self._wanted, strict=True):
+            parameter.requires_grad_(wanted)
+
+    @contextmanager
+    def batch(self, half: int, sequences: int) -> Iterator[None]:
+        """Passes within it add to that half (0 or 1)."""
+        self._half = half
+        yield
+        self._last = None
+        self.sequences += sequences
+
+    def results(self) -> Iterator[tuple[str, tuple[torch.Tensor, int]]]:
+        """(tensor, (sums (2, rows) in fp64 on the CPU, elements)) of what was measured; completes `reasons`."""
+        for name, parameter in self._network.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            matrix = self._matrices.get(id(parameter))
+            named = self._tensor_names[name]
+            if matrix is None:
+                self._refuse(parameter, f"{parameter.ndim} dimensions in one parameter: not one linear layer")
+            elif not matrix.called:
+                self._refuse(parameter, "its layer was not called in the forward pass")
+            elif named[0] not in self.reasons:
+                yield named[0], (matrix.rows.cpu(), matrix.elements)
+
+    def _refuse(self, parameter: torch.Tensor, reason: str) -> None:
+        for name in self._tensor_names[self._names[id(parameter)]]:
+            self.reasons.setdefault(name, reason)
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Remember what the call multiplied with, and wait for its output's gradient."""
+        if not torch.is_grad_enabled():
+            return None
+        weight = module._parameters["weight"]
+        given: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if weight is None or (kind := self._kind(module, weight, given, output)) is None:
+            return None
+        self._matrices[id(weight)].called = True
+        leaf = not output.requires_grad
+        if leaf:
+            output.requires_grad_()
+        if kind[0] == "table":
+            output.register_hook(partial(self._add_table, weight, given.detach(), kind[1]))
+        elif kind[0] == "rows":
+            output.register_hook(partial(self._add_rows, weight, self._squared_norms(given)))
+        else:
+            output.register_hook(partial(self._add_columns, weight, given.detach()))
+        return output.clone() if leaf else None  # a leaf could not be written to in place by what follows
+
+    def _kind(self, module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
+        """What the layer computes, found out at its first call; None, and a reason, when it is nothing known."""
+        key = (module, id(weight))
+        if key not in self._kinds:
+            self._kinds[key] = _recognise(module, weight, given, output)
+            if self._kinds[key] is None:
+                self._refuse(weight, f"{type(module).__name__} is neither a linear layer nor an embedding")
+        return self._kinds[key]
+
+    def _squared_norms(self, given: torch.Tensor) -> torch.Tensor:
+        """‖x_t‖² in fp32 (tokens,); computed once for layers that share an input."""
+        if self._last is None or self._last[0] is not given:
+            flat = given.detach().flatten(0, -2).float()
+            self._last = given, torch.linalg.vecdot(flat, flat)
+        return self._last[1]
+
+    def _add_rows(self, weight: torch.Tensor, norms: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._matrices[id(weight)].rows[self._half] += _weighted_squares(gradient, norms)
+
+    def _add_columns(self, weight: torch.Tensor, given: torch.Tensor, gradient: torch.Tensor) -> None:
+        """A weight (in, out): the sums over outputs are by input."""
+        flat = gradient.flatten(0, -2).float()
+        self._matrices[id(weight)].rows[self._half] += _weighted_squares(given, torch.linalg.vecdot(flat, flat))
+
+    def _add_table(self, weight: torch.Tensor, tokens: torch.Tensor, scale: float, gradient: torch.Tensor) -> None:
+        """The gradient with respect to the table is `scale` times that of what the layer answers."""
+        flat = gradient.flatten(0, -2).float()
+        squares = torch.linalg.vecdot(flat, flat).double() * scale**2
+        self._matrices[id(weight)].rows[self._half].index_add_(0, tokens.flatten(), squares)
+
+
+def _weighted_squares(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Σ_t weights_t values_t² (columns,) in fp64; products in fp32, tiles of tokens added in fp64."""
+    flat = values.flatten(0, -2)
+    rows = max(1, _TILE_ELEMENTS // flat.shape[-1])
+    total = torch.zeros(flat.shape[-1], dtype=torch.float64, device=flat.device)
+    for tile, weight in zip(torch.split(flat, rows), torch.split(weights, rows), strict=True):
+        total += weight @ tile.float().square()
+    return total
+
+
+def _recognise(module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
+    """By its type where torch's own forward is used, else by comparing the answer for the first tokens."""
+    if not (isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)) or output.ndim < 2:
+        return None
+    if type(module).forward is nn.Linear.forward:
+        return "rows", 1.0
+    if type(module).forward is nn.Embedding.forward:
+        return "table", 1.0
+    with torch.no_grad():
+        if not given.is_floating_point():
+            return _table_scale(weight, given, output)
+        return _orientation(weight, module._parameters.get("bias"), given, output)
+
+
+def _orientation(
+    weight: torch.Tensor, bias: torch.Tensor | None, given: torch.Tensor, output: torch.Tensor
+) -> tuple[Kind, float] | None:
+    x, answered = given.flatten(0, -2)[:_PROBED_TOKENS], output.flatten(0, -2)[:_PROBED_TOKENS]
+    if x.shape[-1] == weight.shape[1] and _agree(answered, F.linear(x, weight, bias)):
+        return "rows", 1.0
+    if x.shape[-1] == weight.shape[0] and _agree(answered, F.linear(x, weight.T, bias)):
+        return "columns", 1.0
+    return None
+
+
+def _table_scale(weight: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor) -> tuple[Kind, float] | None:
+    """The constant by which an embedding's answer differs from its table's rows."""
+    chosen = tokens.flatten()[:_PROBED_TOKENS]
+    rows = F.embedding(chosen, weight).double()
+    answered = output.flatten(0, -2)[:_PROBED_TOKENS].double()
+    if answered.shape != rows.shape or not rows.any():
+        return None
+    scale = float((answered * rows).sum() / rows.square().sum())
+    return ("table", scale) if _agree(output.flatten(0, -2)[:_PROBED_TOKENS], (rows * scale).to(output.dtype)) else None
+
+
+def _agree(answered: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to some roundings of their dtype, in units of the largest value."""
+    if answered.shape != expected.shape:
+        return False
+    difference = (answered.double() - expected.double()).abs().amax()
+    return bool(difference <= 32 * torch.finfo(answered.dtype).eps * expected.double().abs().amax())

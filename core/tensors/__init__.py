@@ -1,0 +1,1 @@
+"""Tensors as they are stored: reading, writing, packing, encoding to the nearest code, exact decoding."""

@@ -1,0 +1,236 @@
+"""The grammar of tensor formats: one canonical text each, defaults that fit, refusals that say what works."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import InvalidFormat, MethodNotAvailable
+from core.recipe.tensor_format import (
+    ALIASES,
+    CODEBOOKS,
+    LATER_ALIASES,
+    LATER_FAMILIES,
+    SCALE_FORMATS,
+    STATISTICS,
+    TensorFormat,
+    parse,
+)
+
+CONTRACT = [
+    "int4@128",
+    "int4-asym@128:absmax:bf16",
+    "int4-sym@64",
+    "nf4@64",
+    "t5_4@64:signmax",
+    "normal3@tensor:rms",
+    "normal4@channel",
+    "normal4-sym@64",
+    "normal4-asym@64",
+    "laplace4-sym@64",
+    "t5_4-asym@64",
+    "float4_e2m1@32:absmax:e8m0",
+    "float6_e2m3@32",
+    "t7_3@64:signmax:bf16",
+]
+
+
+@st.composite
+def formats(draw: st.DrawFn) -> TensorFormat:
+    """Any format that exists: drawn field by field, without those that the class refuses."""
+    family = draw(st.sampled_from(["int", "float", *CODEBOOKS]))
+    fields: dict[str, Any] = {
+        "family": family,
+        "granularity": draw(st.sampled_from(["tensor", "channel"]) | st.integers(1, 1 << 20)),
+        "statistic": draw(st.sampled_from(STATISTICS)),
+        "scale_format": draw(st.sampled_from(SCALE_FORMATS)),
+    }
+    if family == "float":
+        exponent, mantissa = draw(st.integers(2, 5)), draw(st.integers(0, 7))
+        mode = draw(st.sampled_from(["", "ns", "ieee"]))
+        fields |= {"bits": 1 + exponent + mantissa, "exponent_bits": exponent, "mantissa_bits": mantissa, "mode": mode}
+    else:
+        fields |= {"bits": draw(st.integers(2, 16) | st.floats(2, 8))}
+        fields |= {"mode": draw(st.sampled_from(["", "sym", "asym"]))}
+    if family == "t":
+        fields["nu"] = draw(st.floats(2.01, 1e6))
+    try:
+        return TensorFormat(**fields)
+    except InvalidFormat:
+        return TensorFormat("int", 4)
+
+
+@given(formats())
+def test_the_text_of_a_format_reads_back_as_the_same_format(fmt: TensorFormat) -> None:
+    assert parse(str(fmt)) == fmt
+
+
+@given(formats())
+def test_the_text_is_canonical(fmt: TensorFormat) -> None:
+    assert str(parse(f" {fmt} ")) == str(fmt)
+
+
+@given(formats())
+def test_every_allowed_width_is_a_format_of_the_same_kind_and_they_ascend(fmt: TensorFormat) -> None:
+    widths = fmt.allowed_widths()
+    assert widths
+    assert list(widths) == sorted(set(widths))
+    for bits in widths:
+        other = fmt.with_bits(bits)
+        assert (other.family, other.granularity, other.statistic) == (fmt.family, fmt.granularity, fmt.statistic)
+        assert parse(str(other)) == other
+
+
+@given(formats())
+def test_fractional_widths_of_codebooks_have_an_even_number_of_codes(fmt: TensorFormat) -> None:
+    if fmt.is_codebook:
+        assert all(round(2**bits) % 2 == 0 for bits in fmt.allowed_widths())
+
+
+@pytest.mark.parametrize("text", CONTRACT)
+def test_the_examples_of_the_contract_are_read(text: str) -> None:
+    assert parse(str(parse(text))) == parse(text)
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("int4@128", "int4-asym@128:absmax:bf16"),
+        ("int4@128:fp16", "int4-asym@128:absmax:fp16"),
+        ("int4@128:signmax", "int4-asym@128:signmax:bf16"),
+        ("nf4@64", "nf4@64:absmax:bf16"),
+        ("t5_4@64", "t5_4-asym@64:absmax:bf16"),
+        ("t5_4@64:signmax", "t5_4@64:signmax:bf16"),
+        ("normal3@tensor:rms", "normal3-sym@tensor:rms:bf16"),
+        ("normal3.58@64", "normal3.58-asym@64:absmax:bf16"),
+        ("normal2.81@64", "normal2.81-sym@64:absmax:bf16"),  # 7 codes, an odd number
+        ("int2.81@64", "int2.81-sym@64:absmax:bf16"),
+        ("t5.0_4.0@64", "t5_4-asym@64:absmax:bf16"),
+        ("float4_e2m1@32", "float4_e2m1@32:absmax:bf16"),
+    ],
+)
+def test_what_is_left_out_has_a_default_that_fits(short: str, full: str) -> None:
+    assert str(parse(short)) == full
+
+
+@pytest.mark.parametrize("name", sorted(ALIASES))
+def test_an_alias_is_the_format_that_it_stands_for(name: str) -> None:
+    assert parse(name) == parse(name.upper()) == parse(ALIASES[name])
+
+
+def test_the_number_of_codes_follows_from_the_bits() -> None:
+    assert parse("t7_4@64").codes == 16
+    assert parse("t7_3.58@64").codes == 12
+    assert parse("t7_3.58@64").element_bits == pytest.approx(3.584962500721156)
+
+
+def test_an_asymmetric_grid_whose_codes_become_odd_becomes_symmetric_and_back() -> None:
+    base = parse("normal4-asym@64")
+    assert base.with_bits(2.81).mode == "sym"
+    assert base.with_bits(3.58).mode == "asym"
+
+
+def test_under_signmax_the_mode_follows_from_the_number_of_codes() -> None:
+    odd = parse("t7_3.46@64:signmax")
+    assert (odd.codes, odd.mode) == (11, "sym")
+    assert odd.with_bits(4) == parse("t7_4@64:signmax")
+    assert odd.with_bits(4).with_bits(3.46) == odd
+
+
+def test_a_float_keeps_its_exponent_when_its_width_changes() -> None:
+    assert parse("float4_e2m1@32").with_bits(6).element == "float6_e2m3"
+    with pytest.raises(InvalidFormat, match="2 exponent bits has no"):
+        parse("float4_e2m1@32").with_bits(4.5)
+
+
+def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> None:
+    assert parse("t7_4@64:absmax").allowed_widths()[0] == 3
+    assert parse("t7_4@64:signmax").allowed_widths()[0] == 2
+    assert parse("int4@64").allowed_widths() == (2, 3, 4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"),
+    [
+        ("int4", "no granularity", "int4@64"),
+        ("int4@", "no granularity", "int4@channel"),
+        ("int4@0", "no granularity '0'", "64"),
+        ("int4@row", "no granularity 'row'", "channel"),
+        ("int4@64:absmacks", "no statistic", "did you mean absmax"),
+        ("int4@64:absmax:bf15", "no scale format", "did you mean bf16"),
+        ("int4@64:absmax:bf16:more", "too many fields", "element@granularity"),
+        ("normle4@64", "no element format", "did you mean normal"),
+        ("mxpf4", "no format", "did you mean mxfp4"),
+        ("float4@32", "exponent and mantissa", "float4_e2m1"),
+        ("int4_e2m1@32", "exponent and mantissa", "int4"),
+        ("float4_e3m1@32", "are not 4", "float4_e2m1"),
+        ("t2_4@64", "has no variance", "more than 2"),
+        ("int0@64", "0 bits", "1 to 16"),
+        ("int17@64", "17 bits", "1 to 16"),
+        ("t5_4-asym@64:signmax", "signmax implies the mode", "no mode"),
+        ("normal2.81-asym@64", "odd number of codes", "-sym"),
+        ("int4-odd@64", "no mode", "-asym or -sym"),
+        ("int4@64:signmax:e8m0", "e8m0 has no sign", "bf16"),
+        ("nf4@64:rms", "nf is a table on", "absmax"),
+        ("int1-asym@64", "at least 4 codes", "2-sym"),
+        ("int4@64+outlier0.01", "no option", "outliers0.001"),
+        ("", "no element format", "known"),
+        ("@:+", "no element format", "known"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason_and_what_works(text: str, reason: str, hint: str) -> None:
+    with pytest.raises(InvalidFormat, match=reason) as refused:
+        parse(text)
+    assert hint in refused.value.hint
+
+
+@pytest.mark.parametrize("name", LATER_ALIASES)
+def test_aliases_of_later_versions_are_known_by_name(name: str) -> None:
+    with pytest.raises(MethodNotAvailable, match=name):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *((f"{family}{'0.7_' if family == 'power' else ''}4@64", family) for family in LATER_FAMILIES),
+        ("power4@64", "power"),
+        ("grid3.0@tensor:rms+rans", "grid"),
+        ("int4@64:search", "search"),
+        ("int4@64:absmax:e4m3", "e4m3"),
+        ("t5_4@tensor:rms+outliers0.001", "outliers0.001"),
+        ("normal4@64+hadamard", "hadamard"),
+    ],
+)
+def test_names_of_the_contract_without_a_method_are_refused_by_name(text: str, name: str) -> None:
+    with pytest.raises(MethodNotAvailable, match=name) as refused:
+        parse(text)
+    assert refused.value.where == text
+
+
+@given(st.text(max_size=60))
+def test_any_other_text_is_a_format_or_an_error_of_ours(text: str) -> None:
+    try:
+        fmt = parse(text)
+    except (InvalidFormat, MethodNotAvailable):
+        return
+    assert parse(str(fmt)) == fmt
+
+
+@given(
+    st.from_regex(r"(int|float|t|t5_|normal|nf|laplace|power)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}")
+)
+def test_texts_that_are_nearly_formats_never_fail_in_another_way(text: str) -> None:
+    with contextlib.suppress(InvalidFormat, MethodNotAvailable):
+        parse(text)
+
+
+def test_a_format_does_not_change() -> None:
+    fmt = parse("int4@64")
+    with pytest.raises(FrozenInstanceError):
+        fmt.bits = 3  # type: ignore[misc]
