@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from core.errors import BitmillError, ErrorClass, NotFound, StoreUnavailable, UserError
 
@@ -179,7 +180,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
         status, detail, headers = error.status_code, str(error.detail), error.headers
     kinds: dict[int, type[BitmillError]] = {404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge}
     make = kinds.get(status, MalformedRequest if status < 500 else BitmillError)
+    if status == HTTPStatus.METHOD_NOT_ALLOWED and (allowed := _methods_of(request)):
+        headers = {"Allow": ", ".join(allowed)}
     return problem(make(detail, where=request.url.path[:200]), request_id_of(request), headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods of all routes that have this path; the framework names those of the first only."""
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    found = [methods for path, methods in paths.items() if compile_path(path)[0].match(request.url.path)]
+    return sorted({method.upper() for methods in found for method in methods})
 
 
 async def _unstorable(request: Request, _: Exception) -> Response:

@@ -56,14 +56,15 @@ class ByteRange:
     end: int
 
 
-class Unsatisfiable(Exception):  # noqa: N818 - an answer of HTTP, not an error of the domain
+class UnsatisfiableRangeError(Exception):
     """A range that begins behind the last byte."""
 
 
 def parse_range(header: str | None, size: int) -> ByteRange | None:
     """The one range that `Range` asks for (RFC 9110, section 14); None to send everything.
 
-    Several ranges, other units and what is not a range are ignored, as the RFC allows. Raises `Unsatisfiable`.
+    Several ranges, other units and what is not a range are ignored, as the RFC allows. UnsatisfiableRangeError when
+    the range begins behind the last byte.
     """
     found = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", (header or "").strip())
     if not found or found.groups() == ("", ""):
@@ -76,7 +77,7 @@ def parse_range(header: str | None, size: int) -> ByteRange | None:
         if last and int(last) < start:
             return None
     if start >= size:
-        raise Unsatisfiable
+        raise UnsatisfiableRangeError
     return ByteRange(start, end)
 
 

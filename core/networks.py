@@ -108,6 +108,7 @@ def load_network(
     _fill(network, places, weights or partial(read_tensor, index))
     network.requires_grad_(False).eval()
     _TENSOR_NAMES[network] = _names_by_parameter(network, places)
+    _check_causal(index, network, device)
     return network
 
 
@@ -163,8 +164,6 @@ def _network_config(index: CheckpointIndex) -> Any:
         raise _unsupported(index, f"its config cannot be read: {_first_line(error)}") from error
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = bool(index.ties)
-    if getattr(config, "is_decoder", True) is False:
-        raise _unsupported(index, "it attends to later tokens too")
     return config
 
 
@@ -225,6 +224,20 @@ def _build(index: CheckpointIndex, config: Any, device: str, dtype: torch.dtype)
         raise InvalidCheckpoint("its tables beside the weights would not fit into memory", where="config.json")
     module: nn.Module = network
     return module
+
+
+@torch.inference_mode()
+def _check_causal(index: CheckpointIndex, network: nn.Module, device: str) -> None:
+    """Refuse a network whose first answer depends on the second token: an encoder under a language model's name."""
+    ids = torch.tensor([[0, 0], [0, 1]], device=device) % _input_embeddings(network).weight.shape[0]
+    try:
+        first, second = next_token_logits(network, ids)[:, 0].float()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a kernel that is not installed, a config that only the forward pass contradicts
+        raise _unsupported(index, f"its forward pass fails: {_first_line(error)}") from error
+    if (first - second).abs().max() > 0.01 * first.abs().max():
+        raise _unsupported(index, "it attends to later tokens too")
 
 
 def _places(index: CheckpointIndex, skeleton: nn.Module) -> dict[str, _Place]:

@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, StreamingResponse
 from api.auth import Downloader, Reader
 from api.dependencies import Services, ServicesOf
 from api.schemas import Items
-from api.streaming import ByteRange, Unsatisfiable, attachment, matches, parse_range
+from api.streaming import ByteRange, UnsatisfiableRangeError, attachment, matches, parse_range
 from core.jobs.views import ArtefactView
 
 router = APIRouter(prefix="/v1", tags=["artefacts"])
@@ -58,7 +58,7 @@ def get_artefact_content(
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Disposition": attachment(filename)}
     try:
         wanted = parse_range(range_, artefact.size) if if_range in (None, etag) else None
-    except Unsatisfiable:
+    except UnsatisfiableRangeError:
         return Response(status_code=416, headers={"Content-Range": f"bytes */{artefact.size}"})
     return _content(services, artefact, wanted, headers, with_body=request.method == "GET")
 

@@ -113,7 +113,13 @@ export function size(bytes) {
 }
 
 export const number = (value, digits) => (value === null || value === undefined ? "" : value.toFixed(digits));
-export const short = (value) => (value === null || value === undefined ? "" : value.toPrecision(3));
+
+/** Three digits; an exponent where a table of zeros would not be read. */
+export function short(value) {
+  if (value === null || value === undefined) return "";
+  return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : value.toPrecision(3);
+}
+
 export const when = (text) => (text ? new Date(text).toLocaleString() : "");
 
 export function duration(seconds) {

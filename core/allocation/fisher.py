@@ -21,7 +21,8 @@ class Fisher:
     """The method on one checkpoint; measured once, solved for any budget."""
 
     def __init__(self, sizes: Sizes, base: TensorFormat, forecast: Forecast) -> None:
-        self._sizes, self._base, self._forecast = sizes, base, forecast
+        self.forecast = forecast
+        self._sizes, self._base = sizes, base
 
     def __call__(self, budget: int) -> Formats:
         """Format by group for a budget in bytes."""
@@ -30,7 +31,7 @@ class Fisher:
     @cached_property
     def _known(self) -> dict[str, list[Option]]:
         groups = self._sizes.space.groups
-        return {group.name: self._options(group) for group in groups if self._forecast.evidence.knows(group)}
+        return {group.name: self._options(group) for group in groups if self.forecast.evidence.knows(group)}
 
     def _floored(self, budget: int) -> dict[str, list[Option]]:
         """Options of the groups without evidence: the uniform format of that budget and wider ones."""
@@ -43,5 +44,5 @@ class Fisher:
     def _options(self, group: Group) -> list[Option]:
         return [
             Option(self._sizes.group(group, text), kl, text)
-            for text, kl in zip(group.formats, self._forecast.group(group), strict=True)
+            for text, kl in zip(group.formats, self.forecast.group(group), strict=True)
         ]

@@ -36,14 +36,22 @@ class Evidence:
 
     `means`: per weight, by tensor. `rows(name)`: sums over the weights of each output row, None where there are none.
     `pooled`: means of tensors that were not reached but share a format with such as were (section 5, experts).
+    `halves_bits`: how far apart two halves of the text are, as RMS over tensors of ½ log2 f̄_A / f̄_B; None unless known.
     """
 
     means: Mapping[str, float]
     rows: Callable[[str], Floats | None]
     pooled: Mapping[str, float]
+    halves_bits: float | None = None
 
     @classmethod
-    def of(cls, means: Mapping[str, float], rows: Callable[[str], Floats | None], groups: Iterable[Group]) -> Evidence:
+    def of(
+        cls,
+        means: Mapping[str, float],
+        rows: Callable[[str], Floats | None],
+        groups: Iterable[Group],
+        halves_bits: float | None = None,
+    ) -> Evidence:
         """Means that are not positive are no evidence."""
         reached = {name: mean for name, mean in means.items() if mean > 0}
         pooled: dict[str, float] = {}
@@ -51,7 +59,7 @@ class Evidence:
             known = [reached[name] for name in group.members if name in reached]
             if known:
                 pooled |= {name: sum(known) / len(known) for name in group.members if name not in reached}
-        return cls(reached, rows, pooled)
+        return cls(reached, rows, pooled, halves_bits)
 
     def mean(self, name: str) -> float:
         """Fisher information per weight, 0 for a tensor about which nothing is known."""

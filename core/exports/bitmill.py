@@ -60,7 +60,7 @@ def original_name(path: str) -> str | None:
 def documents(evidence: Evidence, stored: dict[str, FileEntry]) -> dict[str, bytes]:
     """Our own files by name; `stored` are the other files of the export, which the manifest and the digests cover."""
     texts = {
-        CONFIG: _json(export_config(evidence.config, evidence.report)),
+        CONFIG: _json(export_config(evidence.config, evidence.report), sort=False),
         REPORT: _json(evidence.report),
         CARD: model_card(evidence.report, evidence.recipe, evidence.source_card, evidence.config).encode(),
     }
@@ -121,5 +121,6 @@ def _digest(data: bytes) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def _json(value: dict[str, Any], *, sort: bool = True) -> bytes:
+    """Sorted where values may have come through a database, which keeps no order of keys."""
+    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False, allow_nan=False) + "\n").encode()

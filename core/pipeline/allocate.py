@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from core.allocation.fisher import Fisher
-from core.allocation.forecast import Evidence, Forecast, grouping_cost_bits
+from core.allocation.forecast import Evidence, Floats, Forecast
+from core.allocation.guards import warnings
 from core.allocation.heuristic import heuristic
 from core.allocation.search import Round, best, search
 from core.allocation.sizes import Formats, Sizes
@@ -48,8 +48,6 @@ Method = Callable[[int], Formats]
 _FORECAST_ROUNDS, _MEASURED_ROUNDS = 8, 4
 _START_BITS = 4.25
 _MEASURED_SEQUENCES = 32
-_AT_A_CLAMP = 0.05
-_GROUPING_COST = 0.1
 
 
 def allocate(request: StepRequest, ctx: StepContext) -> StepOutput:
@@ -71,12 +69,13 @@ def read_evidence(ctx: StepContext, calibrated: StepOutput, space: Space) -> Evi
     """What a finished calibrate step knows about the groups."""
     stored = open_files(ctx, {"fisher": calibrated.files[FISHER_FILE]})
 
-    def rows(name: str) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+    def rows(name: str) -> Floats | None:
         key = f"{name}.rows"
-        return read_tensor(stored, key).double().numpy() if key in stored.tensors else None
+        found: Floats | None = read_tensor(stored, key).double().numpy() if key in stored.tensors else None
+        return found
 
     means = {name: float(one["mean"]) for name, one in calibrated.values["tensors"].items()}
-    return Evidence.of(means, rows, space.groups)
+    return Evidence.of(means, rows, space.groups, calibrated.values.get("halves_bits"))
 
 
 def method_of(name: str, sizes: Sizes, base: TensorFormat, forecast: Forecast | None) -> Method:
@@ -187,7 +186,7 @@ class _Job:
             predicted_bytes=size,
             predicted_bits_per_param=rounded(self.sizes.bits(size)),
             predicted_kl=rounded(self.forecast.total(_encoded(choice))) if self.forecast else None,
-            warnings=tuple(self._warnings(formats)),
+            warnings=tuple(warnings(self.sizes.space, formats, self.forecast, by_fisher=self.is_fisher)),
             rounds=tuple({"bits_per_param": rounded(one.bits), "kl": rounded(one.kl)} for one in rounds),
         )
 
@@ -204,24 +203,6 @@ class _Job:
             fisher_mean=rounded(mean),
             predicted_kl=rounded(predicted),
         )
-
-    def _warnings(self, formats: Formats) -> list[str]:
-        """What a user should know about a choice, in sentences."""
-        groups, said = self.sizes.space.groups, list(self.sizes.space.warnings)
-        if self.forecast and (missed := self.forecast.evidence.not_reached(groups)):
-            floor = "; they have at least the uniform width" if self.is_fisher else ""
-            said.append(f"calibration did not reach {len(missed)} tensors{floor}: {', '.join(missed)}")
-        if not self.is_fisher:
-            return said
-        sizes = {one.name: sum(self.source.tensors[name].elements for name in one.members) for one in groups}
-        for end, at in (("smallest", 0), ("largest", -1)):
-            clamped = [one for one in groups if len(one.widths) > 1 and formats[one.name] == one.formats[at]]
-            share = sum(sizes[one.name] for one in clamped) / max(sum(sizes.values()), 1)
-            if share > _AT_A_CLAMP:
-                said.append(f"{100 * share:.0f} % of the quantised weights have the {end} width that they may have")
-        if self.forecast and (cost := grouping_cost_bits(self.forecast, groups)) > _GROUPING_COST:
-            said.append(f"sharing formats within fused groups costs about {cost:.2f} bits per weight")
-        return said
 
 
 class _Measured:

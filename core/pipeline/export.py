@@ -16,6 +16,7 @@ from core.pipeline.calibrate import FISHER_FILE
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import files_of, open_checkpoint
 from core.pipeline.plan_file import Plan, read_plan
+from core.recipe.recipe import load_recipe
 from core.storage.checkpoint import CheckpointIndex, FileEntry
 
 
@@ -24,7 +25,7 @@ def export(request: StepRequest, ctx: StepContext) -> StepOutput:
     fetched, assembled = request.outputs("fetch")[0], request.outputs("assemble")[0]
     evaluated, calibrated = request.outputs("evaluate"), request.outputs("calibrate")
     source = open_checkpoint(ctx, fetched)
-    recipe: dict[str, Any] = request.params["recipe"]
+    recipe = load_recipe(request.params["recipe"]).canonical()  # in its own order, whatever a database made of it
     metrics: dict[str, Any] | None = evaluated[0].values["metrics"] if evaluated else None
     plan = read_plan(ctx, request.outputs("allocate")[0])
     report = build_report(recipe, assembled.values, plan, metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from core.errors import InvalidRecipe
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 16
 _ONE_OF = "target"
+_UNSTORABLE = re.compile("[\\0\ud800-\udfff]")  # neither UTF-8 nor PostgreSQL's jsonb holds these
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,13 +138,16 @@ def _plain(value: Any, path: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise _invalid("nested too deeply", path[:200])
     if isinstance(value, Mapping):
-        if odd := next((key for key in value if not isinstance(key, str)), None):
-            raise _invalid(f"the key {str(odd)[:80]!r} is not text", path)
+        for key in value:
+            if not isinstance(key, str) or _UNSTORABLE.search(key):
+                raise _invalid(f"the key {str(key)[:80]!r} is not text", path)
         return {key: _plain(item, f"{path}.{key}".lstrip("."), depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{path}.{at}".lstrip("."), depth + 1) for at, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise _invalid(f"{value} is not a finite number", path)
+    if isinstance(value, str) and _UNSTORABLE.search(value):
+        raise _invalid("holds a zero character or half a surrogate pair", path)
     if value is None or isinstance(value, str | int | float):
         return value
     raise _invalid(f"a {type(value).__name__} is not a value of a recipe", path)

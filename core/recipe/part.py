@@ -124,12 +124,9 @@ def require_available(what: str, name: str, known: dict[str, str], later: dict[s
 
 def listed(known: dict[str, str], later: dict[str, str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """Catalogue entries of the methods of this version and of the names that later ones bring."""
-    return [
-        {
-            "name": name,
-            "description": text,
-            "available": name in known,
-            "parameters": parameters if name in known else {},
-        }
-        for name, text in {**known, **later}.items()
-    ]
+    here = [_entry(name, text, True, parameters) for name, text in known.items()]
+    return here + [_entry(name, f"{text} (not available yet)", False, {}) for name, text in later.items()]
+
+
+def _entry(name: str, description: str, available: bool, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "description": description, "available": available, "parameters": parameters}

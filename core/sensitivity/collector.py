@@ -93,7 +93,7 @@ class Collector:
             if matrix is None:
                 self._refuse(parameter, f"{parameter.ndim} dimensions in one parameter: not one linear layer")
             elif not matrix.called:
-                self._refuse(parameter, "its layer was not called in the forward pass")
+                self._refuse(parameter, "no layer that multiplies with it was called")
             elif named[0] not in self.reasons:
                 yield named[0], (matrix.rows.cpu(), matrix.elements)
 
@@ -133,7 +133,7 @@ class Collector:
     def _squared_norms(self, given: torch.Tensor) -> torch.Tensor:
         """‖x_t‖² in fp32 (tokens,); computed once for layers that share an input."""
         if self._last is None or self._last[0] is not given:
-            flat = given.detach().flatten(0, -2).float()
+            flat = _wide(given.detach().flatten(0, -2))
             self._last = given, torch.linalg.vecdot(flat, flat)
         return self._last[1]
 
@@ -142,14 +142,19 @@ class Collector:
 
     def _add_columns(self, weight: torch.Tensor, given: torch.Tensor, gradient: torch.Tensor) -> None:
         """A weight (in, out): the sums over outputs are by input."""
-        flat = gradient.flatten(0, -2).float()
+        flat = _wide(gradient.flatten(0, -2))
         self._matrices[id(weight)].rows[self._half] += _weighted_squares(given, torch.linalg.vecdot(flat, flat))
 
     def _add_table(self, weight: torch.Tensor, tokens: torch.Tensor, scale: float, gradient: torch.Tensor) -> None:
         """The gradient with respect to the table is `scale` times that of what the layer answers."""
-        flat = gradient.flatten(0, -2).float()
+        flat = _wide(gradient.flatten(0, -2))
         squares = torch.linalg.vecdot(flat, flat).double() * scale**2
         self._matrices[id(weight)].rows[self._half].index_add_(0, tokens.flatten(), squares)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """In fp32, or fp64 where they already are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _weighted_squares(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -158,7 +163,7 @@ def _weighted_squares(values: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     rows = max(1, _TILE_ELEMENTS // flat.shape[-1])
     total = torch.zeros(flat.shape[-1], dtype=torch.float64, device=flat.device)
     for tile, weight in zip(torch.split(flat, rows), torch.split(weights, rows), strict=True):
-        total += weight @ tile.float().square()
+        total += weight @ _wide(tile).square()
     return total
 
 

@@ -181,7 +181,13 @@ def _backward(network: nn.Module, ids: torch.Tensor, seeds: list[int]) -> None:
         gradient = torch.empty_like(logits)
         for sequence, seed in enumerate(seeds):
             sampled_label_gradient(logits[sequence], seed, gradient[sequence])
+    if not logits.requires_grad:
+        raise _nothing_measured()
     torch.autograd.backward([logits], [gradient])
+
+
+def _nothing_measured() -> UnsupportedArchitecture:
+    return UnsupportedArchitecture("no layer of this network can be measured", hint="allocation: uniform needs none")
 
 
 def sampled_label_gradient(logits: torch.Tensor, seed: int, out: torch.Tensor) -> None:
@@ -219,9 +225,10 @@ def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimat
     positions = count * predicted
     per_half = ((count + 1) // 2 * predicted, count // 2 * predicted)
     tensors: dict[str, TensorFisher] = {}
+    measured = dict(collector.results())
     reasons = dict(collector.reasons)
     ratios = []
-    for name, (rows, elements) in collector.results():
+    for name, (rows, elements) in measured.items():
         if not rows.isfinite().all():
             raise NonFiniteWeights("its Fisher information is not a number", where=name)
         first, second = (float(half.sum()) for half in rows)
@@ -234,6 +241,6 @@ def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimat
         if first and second:
             ratios.append(log2((first / per_half[0]) / (second / per_half[1])) / 2)
     if not tensors:
-        raise UnsupportedArchitecture("no layer of this network can be measured", hint="allocation: uniform")
+        raise _nothing_measured()
     halves = (sum(ratio**2 for ratio in ratios) / len(ratios)) ** 0.5 if ratios else None
     return FisherEstimate(dict(sorted(tensors.items())), positions, halves, reasons)

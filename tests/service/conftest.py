@@ -293,3 +293,11 @@ class Bench:
 @pytest.fixture
 def bench(engine: Engine, settings: Settings, store: LocalStore) -> Bench:
     return Bench(engine, settings, store)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Path:
+    """The folder of a random Llama of 100 000 parameters."""
+    from tests.unit.pipeline.conftest import write_llama
+
+    return write_llama(tmp_path / "sources" / "tiny")

@@ -51,26 +51,24 @@ def test_an_artefact_is_sent_whole(ada: TestClient, artefact: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("wanted", "start", "end"),
-    [("0-0", 0, 1), ("10-19", 10, 20), ("60-", 60, 64), ("60-1000", 60, 64), ("-4", 60, 64), ("-1000", 0, 64)],
-)
-def test_a_range_is_sent_as_such(ada: TestClient, artefact: str, wanted: str, start: int, end: int) -> None:
-    answer = ada.get(artefact, headers={"Range": f"bytes={wanted}"})
-    assert (answer.status_code, answer.content) == (206, BYTES[start:end])
-    assert answer.headers["Content-Range"] == f"bytes {start}-{end - 1}/64"
-    assert answer.headers["Content-Length"] == str(end - start)
+def test_a_range_is_sent_as_such(ada: TestClient, artefact: str) -> None:
+    table = {"0-0": (0, 1), "10-19": (10, 20), "60-": (60, 64), "60-1000": (60, 64), "-4": (60, 64), "-1000": (0, 64)}
+    for wanted, (start, end) in table.items():
+        answer = ada.get(artefact, headers={"Range": f"bytes={wanted}"})
+        assert (answer.status_code, answer.content) == (206, BYTES[start:end]), wanted
+        assert answer.headers["Content-Range"] == f"bytes {start}-{end - 1}/64"
+        assert answer.headers["Content-Length"] == str(end - start)
 
 
-@pytest.mark.parametrize("wanted", ["bytes=64-", "bytes=100-200", "bytes=-0"])
-def test_a_range_behind_the_end_is_told_the_size(ada: TestClient, artefact: str, wanted: str) -> None:
-    answer = ada.get(artefact, headers={"Range": wanted})
-    assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */64")
+def test_a_range_behind_the_end_is_told_the_size(ada: TestClient, artefact: str) -> None:
+    for wanted in ("bytes=64-", "bytes=100-200", "bytes=-0"):
+        answer = ada.get(artefact, headers={"Range": wanted})
+        assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */64"), wanted
 
 
-@pytest.mark.parametrize("wanted", ["bytes=0-1,3-4", "bytes=5-4", "bytes=-", "lines=1-2", "bytes=a-b"])
-def test_what_is_not_one_range_is_ignored(ada: TestClient, artefact: str, wanted: str) -> None:
-    assert ada.get(artefact, headers={"Range": wanted}).status_code == 200
+def test_what_is_not_one_range_is_ignored(ada: TestClient, artefact: str) -> None:
+    for wanted in ("bytes=0-1,3-4", "bytes=5-4", "bytes=-", "lines=1-2", "bytes=a-b"):
+        assert ada.get(artefact, headers={"Range": wanted}).status_code == 200, wanted
 
 
 def test_a_range_of_another_version_is_not_sent(ada: TestClient, artefact: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
+from structlog.testing import capture_logs
 
 from api.main import create_app
 from api.middleware import MAX_BODY_BYTES
@@ -87,7 +88,7 @@ class TestProblems:
     def test_a_method_that_is_not_allowed(self, nobody: TestClient) -> None:
         answer = nobody.delete("/v1/jobs")
         problem(answer, 405, "method_not_allowed")
-        assert "GET" in answer.headers["Allow"]
+        assert answer.headers["Allow"] == "GET, POST"
 
     def test_a_body_that_is_not_json(self, ada: TestClient) -> None:
         sent = {"Content-Type": "application/json"}
@@ -123,8 +124,11 @@ class TestProblems:
             raise RuntimeError("secret detail at 10.0.0.7")
 
         monkeypatch.setattr(app.state.services.jobs, "list", broken)
-        body = problem(ada.get("/v1/jobs"), 500, "internal_error")
+        with capture_logs() as logged:
+            body = problem(ada.get("/v1/jobs"), 500, "internal_error")
         assert "secret" not in json.dumps(body)
+        failed = next(line for line in logged if line["event"] == "request_failed")
+        assert (failed["request_id"], str(failed["exc_info"])) == (body["request_id"], "secret detail at 10.0.0.7")
         assert (body["class"], body["retryable"]) == ("internal", True)
 
     def test_a_request_keeps_the_id_that_it_came_with(self, nobody: TestClient) -> None:
@@ -164,7 +168,9 @@ class TestHealth:
         assert body["checks"][away]["why"]
 
     def test_without_the_database_requests_are_told_to_come_back(self, settings: Settings) -> None:
-        with TestClient(create_app(settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/n"}))) as client:
+        with TestClient(
+            create_app(settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/n"}))
+        ) as client:
             answer = client.get("/v1/jobs", headers=ADMIN)
             problem(answer, 503, "store_unavailable")
             assert int(answer.headers["Retry-After"]) > 0
@@ -267,8 +273,9 @@ class TestDocuments:
 
 
 def test_a_bootstrap_key_that_is_too_short_stops_the_start(settings: Settings) -> None:
-    with pytest.raises(Exception, match="at least"), TestClient(
-        create_app(settings.model_copy(update={"bootstrap_key": "short"}))
+    with (
+        pytest.raises(Exception, match="at least"),
+        TestClient(create_app(settings.model_copy(update={"bootstrap_key": "short"}))),
     ):
         pass
 

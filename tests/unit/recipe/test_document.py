@@ -79,8 +79,17 @@ def test_values_that_json_does_not_have_are_refused_with_their_path() -> None:
     with pytest.raises(InvalidRecipe, match="a date") as refused:
         plain_mapping({"overrides": [{"match": date(2020, 1, 1)}]})
     assert refused.value.where == "overrides.0.match"
-    with pytest.raises(InvalidRecipe, match="not text"):
-        plain_mapping({"target": {1: 2}})
+    for key in (1, 0, None, "\0", "\ud800"):
+        with pytest.raises(InvalidRecipe, match="not text"):
+            plain_mapping({"target": {key: 2}})
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "\udfff*"])
+def test_text_that_a_database_cannot_hold_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRecipe, match="half a surrogate pair") as refused:
+        plain_mapping({"groups": [[text]]})
+    assert refused.value.where == "groups.0.0"
+    assert plain_mapping({"a": "\U0001f600é"}) == {"a": "\U0001f600é"}
 
 
 def test_dotted_names_set_single_values() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -56,9 +56,9 @@ seed: 0
 """
 
 
-def refusal(value: Any, settings: dict[str, Any] | None = None) -> BitmillError:
+def refusal(value: Any, changes: dict[str, Any] | None = None) -> BitmillError:
     with pytest.raises(BitmillError) as refused:
-        load_recipe(value, settings)
+        load_recipe(value, changes)
     return refused.value
 
 
@@ -107,6 +107,7 @@ SPECS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)  # the first example reads the presets
 @given(SPECS)
 def test_the_canonical_form_is_its_own_canonical_form_and_plain_json(spec: dict[str, Any]) -> None:
     canonical = load_recipe(spec).canonical()
@@ -266,6 +267,7 @@ def test_a_method_that_comes_later_and_a_defect_are_together_a_defect() -> None:
     assert len(error.errors) == 2
 
 
+@settings(deadline=None)  # the first example reads the presets
 @given(
     st.dictionaries(
         st.sampled_from(list(CANONICAL)),
@@ -328,6 +330,7 @@ def test_catalogues_describe_every_name_and_its_parameters(catalogue: Any) -> No
         assert item["name"]
         assert item["description"]
         assert (item["parameters"].get("type") == "object") == item["available"]
+        assert item["description"].endswith("(not available yet)") != item["available"]
     assert json.dumps(catalogue())
 
 

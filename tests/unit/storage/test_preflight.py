@@ -158,7 +158,7 @@ def test_the_bound_is_every_tensor_at_its_smallest_width(
     assert smallest_bytes(opened(folder), recipe(**changes)) == expected
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(
     text=st.sampled_from(["int4@32", "t7_4@64", "nf4@channel", "mxfp4", "normal3@tensor:rms"]),
     method=st.sampled_from(["fisher", "uniform", "heuristic"]),
