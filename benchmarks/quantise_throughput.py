@@ -52,9 +52,8 @@ def peak_bytes() -> int:
 
 def child(source: str, out: str, text: str) -> None:
     """Load, and quantise when `out` is given; prints seconds and peak as JSON."""
-    from core.recipe.recipe import load_recipe
-
     from core.pipeline.local import run_recipe
+    from core.recipe.recipe import load_recipe
 
     recipe = {
         "version": 1,

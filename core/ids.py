@@ -51,6 +51,6 @@ def content_hash(value: Any) -> str:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """The seed of one tensor, sequence or shard: a 63-bit hash of the job's seed and the name, so order never matters."""
+    """The seed of a tensor, sequence or shard: a 63-bit hash of the job's seed and the name, so order never matters."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

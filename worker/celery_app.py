@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kombu import Queue
+from kombu.entity import Queue
 
 from core.config import Settings
 from core.jobs.dispatch import TASK_NAME, new_app

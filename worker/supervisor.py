@@ -80,7 +80,7 @@ class Supervisor:
         steps_per_engine: int = _STEPS_PER_ENGINE,
     ) -> None:
         self.settings, self.queue, self.worker_id = settings, queue, worker_id
-        self._start = lambda: EngineProcess(engine_command, environment)
+        self._start: Callable[[], EngineProcess] = lambda: EngineProcess(engine_command, environment)
         self._silence_s, self._steps_per_engine = silence_s, steps_per_engine
         self._engine: EngineProcess | None = None
         self._stopping = threading.Event()

@@ -27,10 +27,10 @@ async def get_liveness() -> dict[str, str]:
 def get_readiness(request: Request, services: ServicesOf) -> Response | Health:
     """Database, broker and store, each asked now."""
     checks = services.probes.ask()
-    away = {name: check.why for name, check in checks.items() if not check.ok}
+    away = ", ".join(name for name, check in checks.items() if not check.ok)
     if not away:
         return Health(ready=True, checks=checks)
-    error = StoreUnavailable("; ".join(f"{name}: {why}" for name, why in away.items()), where=", ".join(away))
+    error = StoreUnavailable(f"no use can be made of: {away}", where=away, hint="`checks` says why")
     shown = {name: check.to_json() for name, check in checks.items()}
     return problem(error, request_id_of(request), ready=False, checks=shown)
 

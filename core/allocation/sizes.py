@@ -15,7 +15,7 @@ from functools import cached_property
 
 from core.allocation.budget import Option, choose
 from core.allocation.space import Group, Space
-from core.errors import InfeasibleTarget
+from core.errors import BitmillError, InfeasibleTarget
 from core.exports.layout import layout_bytes, stored_tensor
 from core.recipe.target import Target
 from core.storage.checkpoint import CheckpointIndex
@@ -67,7 +67,7 @@ class Sizes:
         """The budget of a target in bits or bytes; InfeasibleTarget names the smallest that can be met, in its unit."""
         budget = self.budget(target.bits_per_param) if target.bits_per_param is not None else target.size_bytes
         if budget is None:
-            raise ValueError(target.kind)
+            raise BitmillError("a KL target is no number of bytes", where=f"target.{target.kind}")
         if budget < self.least:
             raise InfeasibleTarget(
                 f"{target.value:g} {_UNITS[target.kind]} cannot be met, the smallest that can is {self._least(target)}",

@@ -116,9 +116,8 @@ def gate_result(gate: dict[str, Any] | None, metrics: dict[str, Any] | None) -> 
 def forecast(predicted_kl: float | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
     """Predicted beside measured KL, nats per token, and their ratio."""
     measured = (metrics or {}).get("kl_mean")
-    known = predicted_kl and measured
     return {
         "predicted_kl": rounded(predicted_kl),
         "measured_kl": rounded(measured),
-        "measured_over_predicted": rounded(measured / predicted_kl) if known else None,
+        "measured_over_predicted": rounded(measured / predicted_kl) if predicted_kl and measured else None,
     }

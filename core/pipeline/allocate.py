@@ -144,8 +144,7 @@ class _Job:
             def at(bits: float) -> Round:
                 formats = self.method(max(self.sizes.budget(bits), self.sizes.least))
                 stored = self.sizes.bits(self.sizes.exact(formats))
-                found[stored] = formats
-                return Round(stored, measure(formats, stored))
+                return Round(stored, measure(found.setdefault(stored, formats), stored))
 
             return at
 
@@ -159,6 +158,7 @@ class _Job:
             rounds=_FORECAST_ROUNDS,
         )
         start = min(guessed, key=lambda one: abs(one.kl - target)).bits
+        found.clear()
         measured = _Measured(self)
         rounds = search(target, by(measured.kl), start=start, least=least, most=most, rounds=_MEASURED_ROUNDS)
         reached = best(rounds, target)
@@ -191,10 +191,13 @@ class _Job:
         )
 
     def _planned(self, name: str, text: str) -> PlannedTensor:
+        """A row of the plan; a tensor about which nothing is known has no prediction."""
         entry, forecast = self.source.tensors[name], self.forecast
         mean = forecast.evidence.means.get(name) if forecast else None
         stored = entry.nbytes if text == KEEP else self.sizes.tensor(name, text)
-        predicted = None if forecast is None else 0.0 if text == KEEP else forecast.tensor(name, text)
+        predicted = 0.0 if forecast and text == KEEP else None
+        if forecast and text != KEEP and forecast.evidence.mean(name) > 0:
+            predicted = forecast.tensor(name, text)
         return PlannedTensor(
             name=name,
             format=text,

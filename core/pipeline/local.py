@@ -47,6 +47,7 @@ from core.recipe.recipe import Recipe
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.inspection import inspection
 from core.storage.local_store import LocalStore
+from core.storage.object_store import ObjectStore
 from core.storage.preflight import preflight
 from core.storage.sources import LocalFile, folder_sources
 
@@ -153,7 +154,7 @@ def _network(index: CheckpointIndex, device: str) -> torch.nn.Module:
     return network_of(artefact.as_checkpoint(), device, artefact.decode)
 
 
-def _materialise(artefacts: list[dict[str, Any]], store: LocalStore, source: Path, target: Path) -> None:
+def _materialise(artefacts: list[dict[str, Any]], store: ObjectStore, source: Path, target: Path) -> None:
     """The published files in a folder: linked from the temporary store, copied from the source."""
     for one in artefacts:
         path = target / one["path"]

@@ -53,8 +53,8 @@ class Plan:
         """The plan that `to_bytes` wrote."""
         fields = json.loads(data)
         tensors = tuple(PlannedTensor(**row) for row in fields.pop("tensors"))
-        lists = {name: tuple(fields.pop(name)) for name in ("warnings", "rounds")}
-        return cls(tensors=tensors, **lists, **fields)
+        warnings, rounds = tuple(fields.pop("warnings")), tuple(fields.pop("rounds"))
+        return cls(tensors=tensors, warnings=warnings, rounds=rounds, **fields)
 
 
 def read_plan(ctx: StepContext, allocated: StepOutput) -> Plan:

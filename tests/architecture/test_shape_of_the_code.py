@@ -65,6 +65,7 @@ def test_processes_that_own_no_device_never_load_torch(module: str) -> None:
 
 def test_importing_a_package_imports_nothing_heavy() -> None:
     names = [str(path.parent.relative_to(ROOT)).replace("/", ".") for path in SOURCES if path.name == "__init__.py"]
-    code = f"import sys, importlib; [importlib.import_module(n) for n in {names!r}]; print(sorted({HEAVY!r} & set(sys.modules)))"
+    load = f"import sys, importlib; [importlib.import_module(name) for name in {names!r}]"
+    code = f"{load}; print(sorted({HEAVY!r} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"

@@ -237,7 +237,7 @@ class Bench:
     def _values(self, request: StepRequest, file: dict[str, Any]) -> dict[str, Any]:
         entry = {"path": "model.safetensors", **file}
         row = {"name": f"w{request.index}", "shape": [2, 3], "format": "int4@128", "bits": 4.25, "fisher_mean": 0.5}
-        return {
+        values: dict[str, dict[str, Any]] = {
             "fetch": {"checkpoint_sha": "c" * 64, "files": [entry]},
             "calibrate": {"positions": 128},
             "allocate": {"predicted_kl": 0.125},
@@ -250,7 +250,8 @@ class Bench:
                 "summary": {"bits_per_param": 3.99},
                 "gate": {"ok": True},
             },
-        }[request.kind]
+        }
+        return values[request.kind]
 
     def finish(self, job: JobView, kind: str, index: int = 0) -> None:
         """Claim that step and succeed."""

@@ -1,9 +1,9 @@
 """An engine without torch, for tests of the queue: real pipes, a real process, pretended steps.
 
-`pretended_engine.py FOLDER PARENT COMMANDS ANSWERS`. A file `FOLDER/KIND` (or `KIND.INDEX`) says what a step does first,
-and is removed when the step begins, so it happens once: `sleep S` (checking whether to stop), `deaf S` (never checking),
-`exit N`, `fail CODE`, `print`, `nonsense`. Otherwise a step tells its progress and answers at once. With `FOLDER/log`
-every step that begins is noted there.
+`pretended_engine.py FOLDER PARENT COMMANDS ANSWERS`. A file `FOLDER/KIND` (or `KIND.INDEX`) says what a step does
+first, and is removed when the step begins, so it happens once: `sleep S` (checking whether to stop), `deaf S` (never
+checking), `exit N`, `fail CODE`, `print`, `nonsense`. Otherwise a step tells its progress and answers at once. With
+`FOLDER/log` every step that begins is noted there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def misbehave(words: list[str], conversation: Conversation) -> None:
         case ["fail", code]:
             raise BitmillError.from_dict({"code": code, "detail": "as told", "where": "here"})
         case ["print"]:
-            print("a library says hello", flush=True)
+            sys.stdout.write("a library says hello\n")
+            sys.stdout.flush()
         case ["nonsense"]:
             conversation._out.write(b"not a message\n")
             conversation._out.flush()

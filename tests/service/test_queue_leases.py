@@ -140,7 +140,8 @@ def test_hints_are_sent_again_with_a_delay_that_doubles(bench: Bench) -> None:
     quick = bench.with_settings(redispatch_s=0.2)
     job = quick.submit()
     quick.outbox.sent.clear()
-    began, times = time.monotonic(), []
+    began = time.monotonic()
+    times: list[float] = []
     while len(times) < 3:
         if quick.reconciler.run_once()["redispatched"]:
             times.append(time.monotonic() - began)

@@ -126,9 +126,7 @@ def layers(tmp_path: Path) -> Path:
     folder = tmp_path / "sources" / "layers"
     folder.mkdir(parents=True)
     chance = torch.Generator().manual_seed(1)
-    tensors = {
-        f"layers.{at}.weight": torch.randn(1024, 1024, generator=chance).to(torch.bfloat16) for at in range(12)
-    }
+    tensors = {f"layers.{at}.weight": torch.randn(1024, 1024, generator=chance).to(torch.bfloat16) for at in range(12)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text('{"model_type": "layers"}')
     return folder

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from core.jobs.sessions import connect
 from core.jobs.queue import StepQueue
+from core.jobs.sessions import connect
 from core.jobs.views import JobView
 from worker.supervisor import Outcome, Supervisor
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tests.service.conftest import Bench
 
 ROOT = Path(__file__).parents[2]
+
+PRETENDED = str(Path(__file__).with_name("pretended_engine.py"))
 
 
 @dataclass
@@ -70,7 +72,7 @@ def wait_until(happened: Callable[[], object], timeout_s: float = 20.0) -> None:
 def hands(bench: Bench, tmp_path: Path, environment: dict[str, str]) -> Iterator[Hands]:
     told = tmp_path / "told"
     told.mkdir()
-    command = (sys.executable, str(Path(__file__).with_name("pretended_engine.py")), str(told))
+    command = (sys.executable, PRETENDED, str(told))
     supervisor = Supervisor(bench.settings, bench.queue, "wrk_a", engine_command=command, environment=environment)
     supervisor.warm()
     yield Hands(bench, supervisor, told)
@@ -191,7 +193,7 @@ def test_a_stop_does_not_wait_for_an_engine_that_does_not_listen(hands: Hands) -
 
 
 def test_an_engine_that_hangs_is_killed(bench: Bench, tmp_path: Path, environment: dict[str, str]) -> None:
-    command = (sys.executable, str(Path(__file__).with_name("pretended_engine.py")), str(tmp_path))
+    command = (sys.executable, PRETENDED, str(tmp_path))
     job = bench.submit()
     (tmp_path / "fetch").write_text("sleep 30")
     supervisor = Supervisor(
@@ -200,7 +202,12 @@ def test_an_engine_that_hangs_is_killed(bench: Bench, tmp_path: Path, environmen
     supervisor.warm()
     assert supervisor.engine is not None
     hung = supervisor.engine.process.pid
-    stopper = threading.Thread(target=lambda: (wait_until((tmp_path / "log").exists), os.kill(hung, signal.SIGSTOP)))
+
+    def stop_the_engine() -> None:
+        wait_until((tmp_path / "log").exists)
+        os.kill(hung, signal.SIGSTOP)
+
+    stopper = threading.Thread(target=stop_the_engine)
     stopper.start()
     assert supervisor.execute(bench.step(job, "fetch").id) == Outcome.FAILED
     (attempt,) = bench.attempts(bench.step(job, "fetch").id)
@@ -232,7 +239,7 @@ def test_scratch_folders_are_gone_when_their_step_has_ended(hands: Hands) -> Non
 def test_an_engine_ends_with_its_supervisors_process(tmp_path: Path, environment: dict[str, str]) -> None:
     code = (
         "import sys, time; from worker.engine_process import EngineProcess;"
-        f"engine = EngineProcess((sys.executable, {str(Path(__file__).with_name('pretended_engine.py'))!r}, {str(tmp_path)!r}));"
+        f"engine = EngineProcess((sys.executable, {PRETENDED!r}, {str(tmp_path)!r}));"
         "print(engine.process.pid, flush=True); time.sleep(60)"
     )
     import subprocess

@@ -174,6 +174,7 @@ def test_tensors_that_calibration_did_not_reach_are_listed_and_not_starved(bench
     assert parse(plan.choice[missed]).codes >= parse(flat.choice[missed]).codes
     assert any("did not reach 1 tensors" in text and missed in text for text in plan.warnings)
     assert plan.by_name()[missed].fisher_mean is None
+    assert plan.by_name()[missed].predicted_kl is None
 
 
 def test_clamped_weights_and_a_short_text_are_warned_of(bench: Bench) -> None:

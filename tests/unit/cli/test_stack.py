@@ -1,5 +1,6 @@
 """The parts of the embedded stack that need no servers."""
 
+import itertools
 import json
 import socket
 from pathlib import Path
@@ -90,5 +91,5 @@ def test_what_keeps_dying_is_started_again_ever_more_slowly(tmp_path: Path, monk
         stack.supervise_once()
         starts += [now[0]] * (service.starts - 1 - len(starts))
         now[0] += 0.1
-    gaps = [round(later - earlier) for earlier, later in zip(starts, starts[1:], strict=False)]
+    gaps = [round(later - earlier) for earlier, later in itertools.pairwise(starts)]
     assert gaps == [1, 2, 4, 8, 15, 15]

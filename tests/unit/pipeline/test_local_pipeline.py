@@ -88,7 +88,8 @@ def test_the_folder_stands_alone(measured: tuple[Path, Path, dict[str, Any]]) ->
 
 def test_the_digests_cover_every_file_and_hold(measured: tuple[Path, Path, dict[str, Any]]) -> None:
     _, out, _ = measured
-    listed = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    lines = [line.split("  ") for line in (out / "SHA256SUMS").read_text().splitlines()]
+    listed = {path: digest for digest, path in lines}
     found = digests(out)
     del found["SHA256SUMS"]
     assert listed == found
@@ -164,9 +165,7 @@ def test_a_decoded_checkpoint_measures_like_the_artefact(
 ) -> None:
     source, out, report = measured
     local.dequantise(out, tmp_path / "plain")
-    again = local.evaluate_folders(
-        source, tmp_path / "plain", "builtin", sequences=2, sequence_length=64, device="cpu"
-    )
+    again = local.evaluate_folders(source, tmp_path / "plain", "builtin", sequences=2, sequence_length=64, device="cpu")
     assert again["kl_mean"] == pytest.approx(report["summary"]["kl_mean"], rel=1e-4)
 
 

@@ -23,8 +23,10 @@ from worker.protocol import (
 COMMANDS: list[tuple[Message, bytes]] = [
     (
         Execute(request=StepRequest(kind="fetch", input_hash="ab"), scratch="/s"),
-        b'{"type":"execute","request":{"kind":"fetch","index":0,"count":1,"input_hash":"ab","params":{},"inputs":[],'
-        b'"seed":0},"scratch":"/s"}\n',
+        (
+            b'{"type":"execute","request":{"kind":"fetch","index":0,"count":1,"input_hash":"ab","params":{},"inputs":[],'
+            b'"seed":0},"scratch":"/s"}\n'
+        ),
     ),
     (Stop(), b'{"type":"stop"}\n'),
 ]
