@@ -74,8 +74,12 @@ class UploadService:
             expires_at=func.clock_timestamp() + _LIFETIME,
         )
         with writing(self.engine) as session:
-            if total + upload_rows.open_bytes(session, owner) > self.settings.max_upload_bytes:
-                raise QuotaExceeded(f"more than {self.settings.max_upload_bytes} bytes of uploads")
+            if total + upload_rows.promised_bytes(session, owner) > self.settings.max_upload_bytes:
+                raise QuotaExceeded(
+                    f"more than {self.settings.max_upload_bytes} bytes of open uploads",
+                    where="files",
+                    hint="complete or abort other uploads first",
+                )
             session.add(upload)
         return self.get(owner, upload.id)
 
@@ -105,9 +109,13 @@ class UploadService:
                 _check_early(LocalFile(temporary, path), size, path)
             key = f"{upload_part_key(upload_id, file_no, number)}-{sha256[:16]}"
             self.store.put_file(key, temporary, sha256)
-        with writing(self.engine) as session:
-            _require_open(upload_rows.get(session, owner, upload_id))
-            replaced = upload_rows.put_part(session, upload_id, file_no, number, length, sha256, key)
+        try:
+            with writing(self.engine) as session:
+                _require_open(upload_rows.hold(session, owner, upload_id))
+                replaced = upload_rows.put_part(session, upload_id, file_no, number, length, sha256, key)
+        except Conflict:
+            discard_parts(self.store, upload_id)  # it ended while this part was on its way
+            raise
         if replaced:
             self.store.delete(replaced)
         return UploadPartView(file=file_no, number=number, size=length, arrived=True, sha256=sha256)
@@ -124,15 +132,11 @@ class UploadService:
             return self.get(owner, upload_id)
         _require_open(upload)
         _require_all(upload, parts)
-        sources = self._sources(upload, parts)
-        inspected = inspection(CheckpointIndex.from_files(sources))
-        sha256 = checkpoint_sha(files_of(upload))
-        for entry in files_of(upload):
-            self._assemble(sources[entry.path], entry, checkpoint_key(sha256, entry.path))
-        with writing(self.engine) as session:
-            ended = upload_rows.finish(session, upload_id, "complete", sha256=sha256, inspection=inspected)
-        if ended:
-            discard_parts(self.store, upload_id)
+        try:
+            self._put_together(upload, self._sources(upload, parts))
+        except NotFound:  # another call has completed it and removed the parts
+            if self.get(owner, upload_id).state != "complete":
+                raise
         return self.get(owner, upload_id)
 
     def abort(self, owner: str, upload_id: str) -> None:
@@ -152,10 +156,18 @@ class UploadService:
             found[str(file["path"])] = PartsSource(self.store, keys, file["path"])
         return found
 
+    def _put_together(self, upload: Upload, sources: Mapping[str, PartsSource]) -> None:
+        inspected = inspection(CheckpointIndex.from_files(sources))
+        sha256 = checkpoint_sha(files_of(upload))
+        for entry in files_of(upload):
+            self._assemble(sources[entry.path], entry, checkpoint_key(sha256, entry.path))
+        with writing(self.engine) as session:
+            ended = upload_rows.finish(session, upload.id, "complete", sha256=sha256, inspection=inspected)
+        if ended:
+            discard_parts(self.store, upload.id)
+
     def _assemble(self, source: PartsSource, entry: FileEntry, key: str) -> None:
-        """The file's parts in one object, hashed on the way."""
-        if self.store.size(key) == entry.size:
-            return
+        """The file's parts in one object. They are hashed even where it exists: to know a digest is not to have it."""
         with self._temporary(entry.size) as temporary:
             found = _write(temporary, source.stream(), entry.size, entry.path)
             if found != entry.sha256:

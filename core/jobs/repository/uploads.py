@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import BigInteger, column, func, select, update
+from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from core.errors import NotFound
 from core.jobs.sessions import ReadSession, WriteSession
@@ -17,6 +17,13 @@ def get(session: ReadSession, owner: str, upload_id: str) -> Upload:
     if found is None:
         raise NotFound("no such upload", where=upload_id)
     return found
+
+
+def hold(session: WriteSession, owner: str, upload_id: str) -> Upload:
+    """The upload, whose state does not change before this transaction ends."""
+    get(session, owner, upload_id)
+    query = select(Upload).where(Upload.id == upload_id).with_for_update(read=True)
+    return session.scalars(query.execution_options(populate_existing=True)).one()
 
 
 def parts(session: ReadSession, upload_id: str) -> dict[tuple[int, int], UploadPart]:
@@ -62,4 +69,12 @@ def expired(session: ReadSession, limit: int) -> list[Upload]:
 def open_bytes(session: ReadSession, owner: str) -> int:
     """Bytes that have arrived for open uploads of the owner."""
     query = select(func.coalesce(func.sum(UploadPart.size), 0)).join(Upload, Upload.id == UploadPart.upload_id)
+    return int(session.scalar(query.where(Upload.owner == owner, Upload.state == "open")) or 0)
+
+
+def promised_bytes(session: ReadSession, owner: str) -> int:
+    """Bytes of all files of the owner's open uploads, arrived or not."""
+    files = func.jsonb_array_elements(Upload.files).table_valued(column("file", JSONB))
+    size = files.c.file["size"].astext.cast(BigInteger)
+    query = select(func.coalesce(func.sum(size), 0)).select_from(Upload).join(files, Upload.id.is_not(None))
     return int(session.scalar(query.where(Upload.owner == owner, Upload.state == "open")) or 0)
