@@ -1,10 +1,10 @@
-# make setup | demo | test | check | slow | bench   -- each does all the set-up it needs, in .venv of this clone.
+# make setup | demo | test | check | slow | bench | picture   -- each does all the set-up it needs, in .venv of this clone.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup demo test check format lint types contracts slow bench clean
+.PHONY: setup demo test check format lint types contracts slow bench picture clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,14 @@ slow: setup
 
 bench: setup
 	for name in benchmarks/*.py; do $(BIN)/python "$$name" || exit 1; done
+
+# The numbers, the picture and all that commands answer in the documentation, measured anew: ten minutes.
+picture: setup
+	mkdir -p build
+	$(BIN)/python benchmarks/allocation_table.py --format t7_4@64:signmax --bits 3 3.5 4 4.5 5 > build/allocation.jsonl
+	mv build/allocation.jsonl docs/images/allocation.jsonl
+	$(BIN)/python docs/draw.py
+	$(BIN)/python docs/examples.py --slow
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -44,7 +44,7 @@ from core.storage.checkpoint import CheckpointIndex, FileEntry, checkpoint_sha, 
 from core.storage.inspection import inspection
 from core.storage.keys import checkpoint_key, upload_part_key
 from core.storage.object_store import ObjectStore
-from core.storage.safetensors_header import parse_header
+from core.storage.safetensors_header import MAX_HEADER_BYTES, parse_header
 from core.storage.sources import ByteSource, LocalFile
 
 log = structlog.get_logger()
@@ -260,8 +260,9 @@ def _write(target: Path, chunks: Iterable[bytes], length: int, where: str) -> st
 
 
 def _check_early(first: ByteSource, size: int, path: str) -> None:
-    """Check a safetensors header if it lies within the file's first part; otherwise `complete` will."""
-    if first.size < 8 or 8 + int.from_bytes(first.read(0, 8), "little") <= first.size or first.size == size:
+    """Check a safetensors header as far as the file's first part has it; `complete` checks longer ones whole."""
+    end = 8 + int.from_bytes(first.read(0, 8), "little") if first.size >= 8 else 0
+    if end <= first.size or end > min(size, 8 + MAX_HEADER_BYTES):
         parse_header(first.read, size, path)
 
 

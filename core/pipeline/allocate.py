@@ -69,12 +69,16 @@ def read_evidence(ctx: StepContext, calibrated: StepOutput, space: Space) -> Evi
     """What a finished calibrate step knows about the groups."""
     stored = open_files(ctx, {"fisher": calibrated.files[FISHER_FILE]})
 
+    known = calibrated.values["tensors"]
+
     def rows(name: str) -> Floats | None:
         key = f"{name}.rows"
-        found: Floats | None = read_tensor(stored, key).double().numpy() if key in stored.tensors else None
-        return found
+        if key not in stored.tensors:
+            return None
+        sums: Floats = read_tensor(stored, key).double().numpy() * float(known[name]["cross"])
+        return sums
 
-    means = {name: float(one["mean"]) for name, one in calibrated.values["tensors"].items()}
+    means = {name: float(one["mean"]) * float(one["cross"]) for name, one in known.items()}
     return Evidence.of(means, rows, space.groups, calibrated.values.get("halves_bits"))
 
 

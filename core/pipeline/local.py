@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from core.clock import monotonic
-from core.errors import GateFailed, UserError
+from core.errors import GateFailed, InvalidCheckpoint, UserError
 from core.evaluation.divergence import evaluate as compare
 from core.exports.artefact import Artefact, inspect_artefact, is_artefact
 from core.exports.bitmill import REPORT, original_name
@@ -75,9 +75,11 @@ def run_recipe(
     """Quantise the checkpoint in `source` into `out`; the report, with the gate's error in `failure` if it failed."""
     index = open_folder(source)
     preflight(index, recipe)
+    stamps = _stamps(index)
     with fresh_folder(out) as target, _workplace(out.absolute().parent, device, progress, threads) as ctx:
         require_disk(ctx.scratch, required_scratch_bytes(index, recipe), "this recipe")
         outputs = run_steps(source, recipe, ctx, kinds_of(recipe.canonical()))
+        _require_unchanged(index, stamps)
         exported = outputs["export"][0].values
         _materialise(exported["artefacts"], ctx.store, source.resolve(), target)
     report: dict[str, Any] = json.loads((out / REPORT).read_bytes())
@@ -152,6 +154,23 @@ def _network(index: CheckpointIndex, device: str) -> torch.nn.Module:
         return network_of(index, device)
     artefact = Artefact.open(index)
     return network_of(artefact.as_checkpoint(), device, artefact.decode)
+
+
+def _stamps(index: CheckpointIndex) -> dict[str, tuple[int, int] | None]:
+    """Size and time of the last change of each file in a folder, None for one that is gone."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for name, file in index.files.items():
+        if isinstance(file, LocalFile):
+            now = file.path.stat() if file.path.exists() else None
+            found[name] = (now.st_size, now.st_mtime_ns) if now else None
+    return found
+
+
+def _require_unchanged(index: CheckpointIndex, stamps: dict[str, tuple[int, int] | None]) -> None:
+    """The source is read where it is, several times: its digests must be those of what was quantised."""
+    changed = [name for name, stamp in _stamps(index).items() if stamp != stamps[name]]
+    if changed:
+        raise InvalidCheckpoint("the file was changed while it was read", where=changed[0], hint="try again")
 
 
 def _materialise(artefacts: list[dict[str, Any]], store: ObjectStore, source: Path, target: Path) -> None:

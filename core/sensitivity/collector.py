@@ -8,7 +8,7 @@ are told apart by what they compute, not by their names, and reported with a rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from core.networks import tensor_names
+from core.sensitivity.sketch import Sketch, matrix_sum, table_sum
 
 _TILE_ELEMENTS = 1 << 18  # of gradients squared at a time: they stay in the cache
 _PROBED_TOKENS = 32
@@ -29,11 +30,35 @@ Kind = Literal["rows", "columns", "table"]
 
 @dataclass
 class _Matrix:
-    """A parameter that is measured: its sums (2 halves, first dimension), fp64, and what its layer turned out to be."""
+    """A parameter that is measured.
+
+    `rows`: its sums (2 halves, first dimension), fp64. `together`: of the sequences that were sketched, the sums over
+    whole sequences and over single tokens, fp64.
+    """
+
+    rows: torch.Tensor
+    together: torch.Tensor
+    elements: int
+    called: bool = False
+
+    def add(self, half: int, rows: torch.Tensor, whole: torch.Tensor | None) -> None:
+        """Row sums of a call, and its sum over whole sequences where that was estimated."""
+        self.rows[half] += rows
+        if whole is not None:
+            self.together += torch.stack((whole, rows.sum()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was summed up of one tensor, on the CPU.
+
+    `rows`: fp64 (2 halves, rows). `cross`: sums over whole sequences relative to those over single tokens, 1 where the
+    layer's calls did not tell sequences apart.
+    """
 
     rows: torch.Tensor
     elements: int
-    called: bool = False
+    cross: float
 
 
 class Collector:
@@ -48,12 +73,15 @@ class Collector:
         self._network, self._half = network, 0
         self._handles: list[RemovableHandle] = []
         self._kinds: dict[tuple[nn.Module, int], tuple[Kind, float] | None] = {}
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._sketch: Sketch | None = None
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._tensor_names = tensor_names(network)
         self._matrices = {
             id(parameter): _Matrix(
-                torch.zeros(2, parameter.shape[0], dtype=torch.float64, device=parameter.device), parameter.numel()
+                torch.zeros(2, parameter.shape[0], dtype=torch.float64, device=parameter.device),
+                torch.zeros(2, dtype=torch.float64, device=parameter.device),
+                parameter.numel(),
             )
             for parameter in network.parameters()
             if parameter.ndim == 2
@@ -76,15 +104,15 @@ class Collector:
             parameter.requires_grad_(wanted)
 
     @contextmanager
-    def batch(self, half: int, sequences: int) -> Iterator[None]:
-        """Passes within it add to that half (0 or 1)."""
-        self._half = half
+    def batch(self, half: int, sequences: int, seeds: Sequence[int] | None = None) -> Iterator[None]:
+        """Passes within it add to that half (0 or 1). With a seed per sequence, whole sequences are summed up too."""
+        self._half, self._sketch = half, None if seeds is None else Sketch(seeds)
         yield
         self._last = None
         self.sequences += sequences
 
-    def results(self) -> Iterator[tuple[str, tuple[torch.Tensor, int]]]:
-        """(tensor, (sums (2, rows) in fp64 on the CPU, elements)) of what was measured; completes `reasons`."""
+    def results(self) -> Iterator[tuple[str, Measured]]:
+        """What was measured, by tensor; completes `reasons`."""
         for name, parameter in self._network.named_parameters():
             if parameter.ndim < 2:
                 continue
@@ -95,7 +123,8 @@ class Collector:
             elif not matrix.called:
                 self._refuse(parameter, "no layer that multiplies with it was called")
             elif named[0] not in self.reasons:
-                yield named[0], (matrix.rows.cpu(), matrix.elements)
+                whole, single = matrix.together.tolist()
+                yield named[0], Measured(matrix.rows.cpu(), matrix.elements, whole / single if single else 1.0)
 
     def _refuse(self, parameter: torch.Tensor, reason: str) -> None:
         for name in self._tensor_names[self._names[id(parameter)]]:
@@ -116,9 +145,9 @@ class Collector:
         if kind[0] == "table":
             output.register_hook(partial(self._add_table, weight, given.detach(), kind[1]))
         elif kind[0] == "rows":
-            output.register_hook(partial(self._add_rows, weight, self._squared_norms(given)))
+            output.register_hook(partial(self._add_rows, weight, *self._of_input(given)))
         else:
-            output.register_hook(partial(self._add_columns, weight, given.detach()))
+            output.register_hook(partial(self._add_columns, weight, given.detach(), self._of_input(given)[1]))
         return output.clone() if leaf else None  # a leaf could not be written to in place by what follows
 
     def _kind(self, module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
@@ -130,26 +159,39 @@ class Collector:
                 self._refuse(weight, f"{type(module).__name__} is neither a linear layer nor an embedding")
         return self._kinds[key]
 
-    def _squared_norms(self, given: torch.Tensor) -> torch.Tensor:
-        """‖x_t‖² in fp32 (tokens,); computed once for layers that share an input."""
+    def _of_input(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """‖x_t‖² in fp32 (tokens,) and the input's projection; computed once for layers that share an input."""
         if self._last is None or self._last[0] is not given:
-            flat = _wide(given.detach().flatten(0, -2))
-            self._last = given, torch.linalg.vecdot(flat, flat)
-        return self._last[1]
+            wide = _wide(given.detach())
+            flat = wide.flatten(0, -2)
+            sketch = self._sketch
+            projection = sketch.project(wide) if sketch is not None and sketch.fits(wide) else None
+            self._last = given, torch.linalg.vecdot(flat, flat), projection
+        return self._last[1:]
 
-    def _add_rows(self, weight: torch.Tensor, norms: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._matrices[id(weight)].rows[self._half] += _weighted_squares(gradient, norms)
+    def _add_rows(
+        self, weight: torch.Tensor, norms: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
+    ) -> None:
+        whole = None if projection is None else matrix_sum(gradient, projection)
+        self._matrices[id(weight)].add(self._half, _weighted_squares(gradient, norms), whole)
 
-    def _add_columns(self, weight: torch.Tensor, given: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _add_columns(
+        self, weight: torch.Tensor, given: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
+    ) -> None:
         """A weight (in, out): the sums over outputs are by input."""
         flat = _wide(gradient.flatten(0, -2))
-        self._matrices[id(weight)].rows[self._half] += _weighted_squares(given, torch.linalg.vecdot(flat, flat))
+        whole = None if projection is None else matrix_sum(gradient, projection)
+        rows = _weighted_squares(given, torch.linalg.vecdot(flat, flat))
+        self._matrices[id(weight)].add(self._half, rows, whole)
 
     def _add_table(self, weight: torch.Tensor, tokens: torch.Tensor, scale: float, gradient: torch.Tensor) -> None:
         """The gradient with respect to the table is `scale` times that of what the layer answers."""
         flat = _wide(gradient.flatten(0, -2))
         squares = torch.linalg.vecdot(flat, flat).double() * scale**2
-        self._matrices[id(weight)].rows[self._half].index_add_(0, tokens.flatten(), squares)
+        matrix, sketch = self._matrices[id(weight)], self._sketch
+        rows = torch.zeros_like(matrix.rows[0]).index_add_(0, tokens.flatten(), squares)
+        fits = sketch is not None and sketch.fits(gradient) and tokens.shape == gradient.shape[:2]
+        matrix.add(self._half, rows, table_sum(gradient, tokens) * scale**2 if fits else None)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

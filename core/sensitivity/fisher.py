@@ -4,6 +4,8 @@ F is the mean over predicted positions of the squared score of labels drawn from
 the empirical one; Kunstner et al., arXiv 1905.12558). The estimator is per token (arXiv 2505.12988): a matrix W with
 inputs x_t and output gradients g_t has tensor sum Σ_t ‖g_t‖² ‖x_t‖² and row sums Σ_t g_t² ‖x_t‖²; an embedding's row v
 has Σ ‖g_t‖² over the t with token v. Nothing of the size of a weight is ever made, and no weight has a gradient.
+What the tokens of a sequence do together, which these sums leave out, is measured on a part of the sequences and kept
+beside them as a factor (`core.sensitivity.sketch`).
 
 Promise: a matrix without an estimate is named with the reason, never left out in silence. Labels depend on the seed and
 the sequence, not on how sequences are batched. Hooks are gone and weights untouched afterwards. It estimates no
@@ -36,10 +38,11 @@ from core.tensors.writer import Part, SafetensorsWriter
 
 Progress = Callable[[float, str], None]
 
-ESTIMATOR = "sampled labels, per token"
+ESTIMATOR = "sampled labels, per token, times what whole sequences have more"
 _FILE_VERSION = 1
 _METADATA = "bitmill_fisher"
 _BATCH_TOKENS = 1024
+_SKETCHED_SHARE, _SKETCHED_LEAST = 4, 8  # one sequence in four, at least eight, is also summed up as a whole
 _BATCH_ELEMENTS = 1 << 26  # of logits held at a time, unless one sequence has more
 _TILE_ELEMENTS = 1 << 20
 _BLOCK = 64
@@ -49,12 +52,14 @@ _BLOCK = 64
 class TensorFisher:
     """One tensor: `sum` of the diagonal over its `elements`, and `rows`, the sums (first dimension,) in fp32.
 
-    Both per predicted position. A tied parameter has the sum over its uses.
+    Both per predicted position, by single tokens. A tied parameter has the sum over its uses. `cross`: by how much more
+    whole sequences have, the factor that makes the estimate unbiased for the diagonal.
     """
 
     sum: float
     elements: int
     rows: torch.Tensor
+    cross: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -101,7 +106,9 @@ class FisherEstimate:
             if about["version"] != _FILE_VERSION:
                 raise InvalidCheckpoint(f"an estimate of version {about['version']}, not {_FILE_VERSION}")
             tensors = {
-                name: TensorFisher(float(one["sum"]), int(one["elements"]), read_tensor(index, f"{name}.rows"))
+                name: TensorFisher(
+                    float(one["sum"]), int(one["elements"]), read_tensor(index, f"{name}.rows"), float(one["cross"])
+                )
                 for name, one in about["tensors"].items()
             }
             return cls(tensors, about["positions"], about["halves_bits"], about["reasons"], about["estimator"])
@@ -115,13 +122,14 @@ def load_fisher(path: Path) -> FisherEstimate:
 
 
 def describe(estimate: FisherEstimate) -> dict[str, Any]:
-    """{positions, estimator, halves_bits, tensors: {name: {sum, mean, elements}}, not_reached: {name: reason}}."""
+    """{positions, estimator, halves_bits, tensors: {name: {sum, mean, elements, cross}}, not_reached: {name: why}}."""
     return {
         "positions": estimate.positions,
         "estimator": estimate.estimator,
         "halves_bits": estimate.halves_bits,
         "tensors": {
-            name: {"sum": one.sum, "mean": one.mean, "elements": one.elements} for name, one in estimate.tensors.items()
+            name: {"sum": one.sum, "mean": one.mean, "elements": one.elements, "cross": one.cross}
+            for name, one in estimate.tensors.items()
         },
         "not_reached": dict(sorted(estimate.reasons.items())),
     }
@@ -141,8 +149,10 @@ def estimate_fisher(
     with Collector(network) as collector, deterministic():
         for half, chosen in _batches(count, size):
             progress(collector.sequences / count, f"sequence {collector.sequences + 1} of {count}")
-            with collector.batch(half, len(chosen)):
-                _backward(network, windows.ids[chosen], [derived_seed(seed, f"sequence {at}") for at in chosen])
+            seeds = [derived_seed(seed, f"sequence {at}") for at in chosen]
+            sketched = chosen[0] < max(_SKETCHED_LEAST, count // _SKETCHED_SHARE)
+            with collector.batch(half, len(chosen), seeds if sketched else None):
+                _backward(network, windows.ids[chosen], seeds)
     return _estimate(collector, count, length - 1)
 
 
@@ -228,7 +238,8 @@ def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimat
     measured = dict(collector.results())
     reasons = dict(collector.reasons)
     ratios = []
-    for name, (rows, elements) in measured.items():
+    for name, one in measured.items():
+        rows = one.rows
         if not rows.isfinite().all():
             raise NonFiniteWeights("its Fisher information is not a number", where=name)
         first, second = (float(half.sum()) for half in rows)
@@ -236,7 +247,7 @@ def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimat
             reasons[name] = "no gradient reached it"
             continue
         tensors[name] = TensorFisher(
-            (first + second) / positions, elements, (rows.sum(0) / positions).to(torch.float32)
+            (first + second) / positions, one.elements, (rows.sum(0) / positions).to(torch.float32), one.cross
         )
         if first and second:
             ratios.append(log2((first / per_half[0]) / (second / per_half[1])) / 2)

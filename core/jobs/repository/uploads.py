@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, column, func, select, update
+from sqlalchemy import BigInteger, column, func, select, true, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from core.errors import NotFound
@@ -74,7 +74,7 @@ def open_bytes(session: ReadSession, owner: str) -> int:
 
 def promised_bytes(session: ReadSession, owner: str) -> int:
     """Bytes of all files of the owner's open uploads, arrived or not."""
-    files = func.jsonb_array_elements(Upload.files).table_valued(column("file", JSONB))
-    size = files.c.file["size"].astext.cast(BigInteger)
-    query = select(func.coalesce(func.sum(size), 0)).select_from(Upload).join(files, Upload.id.is_not(None))
+    files = func.jsonb_array_elements(Upload.files).table_valued(column("value", JSONB))
+    size = files.c.value["size"].astext.cast(BigInteger)
+    query = select(func.coalesce(func.sum(size), 0)).select_from(Upload).join(files, true())
     return int(session.scalar(query.where(Upload.owner == owner, Upload.state == "open")) or 0)

@@ -34,7 +34,7 @@ def collected(network: nn.Module, forward: Callable[[], Tensor], gradient: Tenso
     with Collector(network) as collector:
         with collector.batch(0, 1):
             torch.autograd.backward([forward()], [gradient])
-        return {name: rows.sum(0) for name, (rows, _) in collector.results()}
+        return {name: one.rows.sum(0) for name, one in collector.results()}
 
 
 def linear_sums(x: Tensor, g: Tensor) -> Tensor:

@@ -128,11 +128,11 @@ def test_softmax_regression_of_a_quarter_million_samples_meets_its_closed_form()
         with torch.no_grad():
             sampled_label_gradient(logits[0], 7, gradient[0])
         torch.autograd.backward([logits], [gradient])
-        ((_, (rows, _)),) = collector.results()
+        ((_, measured),) = collector.results()
     p = logits[0].detach().double().softmax(-1)
     expected = ((p * (1 - p)).T @ x[0].double().square()).sum(1)
-    assert float(rows.sum()) == pytest.approx(float(expected.sum()), rel=0.01)
-    assert torch.allclose(rows[0], expected, rtol=0.02)
+    assert float(measured.rows.sum()) == pytest.approx(float(expected.sum()), rel=0.01)
+    assert torch.allclose(measured.rows[0], expected, rtol=0.02)
 
 
 def test_it_is_normalised_by_the_exact_number_of_predicted_positions(estimate: FisherEstimate) -> None:
@@ -288,6 +288,7 @@ def test_a_description_is_json_with_the_numbers_of_every_tensor(estimate: Fisher
         "sum": estimate.tensors["lm_head.weight"].sum,
         "mean": estimate.tensors["lm_head.weight"].mean,
         "elements": 256 * 64,
+        "cross": estimate.tensors["lm_head.weight"].cross,
     }
 
 

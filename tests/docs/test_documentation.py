@@ -1,0 +1,316 @@
+"""The documentation says what is: links lead somewhere, commands answer what is shown, tables are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from fastapi.routing import APIRoute
+
+from api import errors as api_errors
+from api.routes import artefacts, catalogues, checkpoints, events, health, jobs, plans, uploads
+from cli.main import app
+from core.config import Settings
+from core.errors import BitmillError
+from core.exports.layout import WeightFile, stored_tensor
+from core.jobs import events as job_events
+from core.recipe import exports, rounding, tensor_format
+from core.recipe.allocation import AllocationSpec
+from core.recipe.calibration import CalibrationSpec, EvaluationSpec
+from core.recipe.override import Override
+from core.recipe.recipe import Gate, Recipe, load_recipe
+from core.recipe.target import Target
+from core.recipe.tensor_format import parse
+from core.storage.safetensors_header import TensorEntry
+from core.tensors.encoded import EncodedTensor
+from core.tensors.nearest import encode_nearest
+from core.tensors.writer import SafetensorsWriter
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ROUTERS = (artefacts, catalogues, checkpoints, events, health, jobs, plans, uploads)
+
+
+def module_of(path: Path) -> ModuleType:
+    """A script of the documentation, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+EXAMPLES, DRAW = module_of(DOCS / "examples.py"), module_of(DOCS / "draw.py")
+PAGES: list[Path] = EXAMPLES.pages()
+QUICK = [
+    pytest.param(block, id=f"{page.name}: {block.commands[0]}")
+    for page in PAGES
+    for block in EXAMPLES.blocks(page.read_text("utf-8"))
+    if block.kind == "quick"
+]
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def fenced(page: str, language: str, mark: str = "") -> list[str]:
+    """The fenced blocks of a language, all or those after a mark."""
+    before = re.escape(f"<!-- {mark} -->\n") if mark else ""
+    return re.findall(rf"(?m)^{before}```{language}\n(.*?)^```$", text(page), re.DOTALL)
+
+
+def table(page: str, mark: str) -> list[list[str]]:
+    """The rows of the table after a mark, without the heading; backquotes are dropped."""
+    found = re.search(rf"<!-- {mark} -->\n((?:\|.*\n?)+)", text(page))
+    assert found, f"{page} has no table {mark}"
+    lines = found[1].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def named_in(page: str) -> set[str]:
+    """Every word that stands in backquotes."""
+    return {word for code in re.findall(r"`([^`\n]+)`", text(page)) for word in re.findall(r"[\w.+@:<>-]+", code)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        place, _, heading = target.partition("#")
+        if "://" in target:
+            continue
+        linked = (page.parent / place).resolve() if place else page
+        assert linked.exists(), target
+        assert not heading or heading in headings(linked), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"(?m)^#+ (.+)$", page.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen or page.suffix != ".md":
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8"))
+        waiting += [found for link in links if (found := (page.parent / link).resolve()).is_file()]
+    assert set(PAGES) <= seen
+
+
+@pytest.mark.parametrize("block", QUICK)
+def test_commands_answer_what_is_shown(block: Any, tmp_path: Path) -> None:
+    shown, now = words(block.text), words(EXAMPLES.shown_now(block, tmp_path))
+    assert len(shown) == len(now), "python docs/examples.py refreshes the pages"
+    for one, other in zip(shown, now, strict=True):
+        assert one == other or close(one, other), "python docs/examples.py refreshes the pages"
+
+
+def words(shown: str) -> list[str]:
+    """What stands in a block, without the rules of tables, whose widths follow from the last digits of numbers."""
+    return re.sub(r"[━┏┓┗┛┳┻╇┡┩│┃─┴└┘├┤┼]", " ", shown).split()
+
+
+def close(one: str, other: str) -> bool:
+    """Equal numbers, but for the last places of sums, whose order differs between processors."""
+    try:
+        return math.isclose(float(one.strip("[],")), float(other.strip("[],")), rel_tol=1e-9)
+    except ValueError:
+        return False
+
+
+def test_a_refreshed_page_keeps_everything_but_the_answers(tmp_path: Path) -> None:
+    page = "# A page\n\n<!-- shown: quick, 1 lines -->\n```console\n$ bitmill format show mxpf4\nold\n```\n\nEnd.\n"
+    fresh = EXAMPLES.refreshed(page, tmp_path, slow=False)
+    assert fresh == page.replace("old", "error: invalid_format [mxpf4]: no format 'mxpf4'\n...")
+
+
+def commands_of(group: Any) -> Iterator[str]:
+    for name, command in group.commands.items():
+        yield name
+        yield from (f"{name} {inner}" for inner in commands_of(command)) if hasattr(command, "commands") else ()
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    known = set(commands_of(typer.main.get_command(app)))
+    for page in PAGES:
+        code = "\n".join(chain(*(fenced(str(page.relative_to(ROOT)), kind) for kind in ("sh", "console"))))
+        for one in re.findall(r"(?m)^\$? ?bitmill ([a-z]+(?: [a-z]+(?=\s|$))?)", code):
+            assert one in known or one.split()[0] in known, f"{page.name}: bitmill {one}"
+
+
+def test_targets_of_make_in_the_documentation_exist() -> None:
+    targets = set(re.findall(r"(?m)^([a-z]+):", text("Makefile")))
+    for page in PAGES:
+        content = page.read_text("utf-8")
+        named = re.findall(r"`make ([a-z]+)`", content) + re.findall(r"(?m)^make ([a-z]+)", content)
+        assert set(named) <= targets
+
+
+def test_whatever_shows_a_claim_is_there() -> None:
+    paths = re.findall(r"\b((?:tests|benchmarks)/[\w/]+(?:\.py)?)", text("README.md"))
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_picture_and_the_table_show_the_measured_numbers() -> None:
+    rows = DRAW.measured(DRAW.NUMBERS.read_text("utf-8"))
+    assert f"<!-- numbers -->\n{DRAW.table(rows)}<!-- /numbers -->" in text("README.md")
+    picture = DRAW.PICTURE.read_text("utf-8")
+    assert len(picture) < 150_000
+    for row in rows:
+        assert row["method"] != "Fisher" or DRAW.megabytes(row["bytes"]) in picture
+
+
+def test_every_setting_is_listed_with_its_default() -> None:
+    listed = {row[0]: row[1] for row in table("docs/operations.md", "settings")}
+    known = {f"BITMILL_{name.upper()}": repr(field.default) for name, field in Settings.model_fields.items()}
+    known["BITMILL_DATA_DIR"] = "~/.local/share/bitmill"
+    assert listed == known
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    parts = (Recipe, Target, AllocationSpec, CalibrationSpec, EvaluationSpec, Override, Gate)
+    keys = {name for part in parts for name in part.model_fields}
+    assert keys - named_in("docs/recipes.md") == set()
+    assert set(AllocationSpec.KNOWN) | set(exports.KNOWN) <= named_in("docs/recipes.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_the_documentation_can_be_carried_out(page: Path) -> None:
+    for document in fenced(str(page.relative_to(ROOT)), "yaml"):
+        load_recipe(yaml.safe_load(document))
+
+
+def test_the_names_that_are_not_available_are_owned_up_to() -> None:
+    later = {*AllocationSpec.LATER, *exports.LATER, *rounding.RoundingSpec.LATER}
+    later |= {*tensor_format.LATER_FAMILIES, *tensor_format.LATER_STATISTICS}
+    assert later - named_in("README.md") == set()
+    assert set(tensor_format.LATER_ALIASES) - named_in("docs/formats.md") == set()
+
+
+def test_every_family_statistic_scale_format_and_alias_is_in_formats() -> None:
+    families = {*tensor_format.FAMILIES, "t<nu>_"} - {"t"}
+    known = {*families, *tensor_format.STATISTICS, *tensor_format.SCALE_FORMATS}
+    assert known - named_in("docs/formats.md") == set()
+    assert {row[0]: row[1] for row in table("docs/formats.md", "aliases")} == tensor_format.ALIASES
+
+
+@pytest.mark.parametrize("row", table("docs/formats.md", "canonical"), ids=lambda row: row[0])
+def test_formats_have_the_canonical_texts_and_widths_that_are_shown(row: list[str]) -> None:
+    written, canonical, codes, widths = row
+    fmt = parse(written)
+    assert (str(fmt), fmt.codes) == (canonical, int(codes))
+    assert fmt.allowed_widths() == tuple(float(width) for width in widths.split(","))
+
+
+def test_every_route_is_listed() -> None:
+    routes = [route for one in ROUTERS for route in one.router.routes if isinstance(route, APIRoute)]
+    known = {f"{method} {route.path}" for route in routes if route.include_in_schema for method in route.methods or ()}
+    assert {row[0] for row in table("docs/rest.md", "routes")} == known
+
+
+def error_kinds(kind: type[BitmillError] = BitmillError) -> Iterator[type[BitmillError]]:
+    yield kind
+    for deeper in kind.__subclasses__():
+        yield from error_kinds(deeper)
+
+
+def test_every_error_is_listed_with_its_status_and_class() -> None:
+    kinds = [kind for kind in error_kinds() if kind.__module__ in ("core.errors", "api.errors")]
+    known = {kind.code: [str(api_errors.status_of(kind(""))), str(kind.kind)] for kind in kinds}
+    assert {row[0]: row[1:] for row in table("docs/rest.md", "errors")} == known
+
+
+def test_every_kind_of_event_is_listed() -> None:
+    listed = text("docs/rest.md").partition("<!-- events -->")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`([a-z.]+)`", listed)) == sorted(job_events.KINDS)
+
+
+def test_json_in_the_pages_is_json() -> None:
+    for page in PAGES:
+        for document in fenced(str(page.relative_to(ROOT)), "json"):
+            json.loads(document)
+
+
+@pytest.mark.parametrize("document", fenced("docs/artefact.md", "json", "example"))
+def test_the_examples_of_the_layout_are_what_the_coder_writes(document: str) -> None:
+    example = json.loads(document)
+    weight = torch.tensor(example["weight"], dtype=torch.float32).reshape(example["shape"])
+    encoded = encode_nearest(weight, parse(example["format"]))
+    scales = encoded.scales.reshape(-1).view(torch.uint8)
+    assert bytes(encoded.codes.tolist()).hex(" ") == example["codes"]
+    assert bytes(scales.tolist()).hex(" ") == example["scales"]
+    assert encoded.decode().reshape(-1).tolist() == example["decoded"]
+
+
+READ_FORMATS = (
+    "int4@4",
+    "int3.58@tensor",
+    "int3-sym@channel:rms:fp16",
+    "int9@channel",
+    "float4_e2m1@4:absmax:e8m0",
+    "float8_e4m3@channel",
+    "float8_e5m2@8:absmax:fp32",
+    "float6_e3m2-ns@8",
+    "float8_e4m3-ieee@tensor",
+    "normal3.58@channel",
+    "laplace2.58-sym@tensor:rms",
+    "t7_4.58@8:signmax",
+    "t5_8-repeat_zero@64",
+    "nf4@5:absmax:fp32",
+)
+SHAPES = ((3, 13), (5,), (2, 3, 8), (), (0, 4))
+
+
+def read_back() -> Callable[[Path], dict[str, list[float]]]:
+    """The reader that artefact.md shows."""
+    names: dict[str, Any] = {}
+    exec(fenced("docs/artefact.md", "python", "reader")[0], names)
+    found: Callable[[Path], dict[str, list[float]]] = names["decode"]
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reader_on_the_page_decodes_every_kind_of_format(shape: tuple[int, ...], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    encoded: dict[str, EncodedTensor] = {}
+    for text_of in READ_FORMATS:
+        encoded[text_of] = encode_nearest(torch.randn(shape, generator=generator), parse(text_of))
+    entries = [stored_tensor(TensorEntry(name, "F32", shape, 0, 0), str(parse(name))) for name in READ_FORMATS]
+    file, path = WeightFile(tuple(entries)), tmp_path / "model.safetensors"
+    with SafetensorsWriter(path, file.parts, file.metadata) as writer:
+        for name, tensor in encoded.items():
+            for part, data in tensor.parts().items():
+                writer.write(f"{name}.{part}", data)
+    decoded = read_back()(path)
+    expected = {name: tensor.decode().reshape(-1).tolist() for name, tensor in encoded.items()}
+    assert decoded == expected
+
+
+def test_the_bytes_of_the_second_example_follow_from_the_arithmetic_on_the_page() -> None:
+    low = [3, 1, 2, 3, 0, 1]
+    high = [2, 0, 1, 1, 1, 2]
+    assert [digit + 4 * more for digit, more in zip(low, high, strict=True)] == [11, 1, 6, 7, 4, 9]
+    assert 3 + 1 * 4 + 2 * 16 + 3 * 64 == 0xE7
+    assert 2 + 0 * 3 + 1 * 9 + 1 * 27 + 1 * 81 == 0x77
+    assert struct.pack("<f", 1.0)[2:] == bytes.fromhex("803f")
