@@ -18,6 +18,7 @@ from core.jobs.steps import StepOutput, StepRequest
 from core.pipeline.context import StepContext, file_digest, require_disk
 from core.storage.checkpoint import INDEX_FILE, CheckpointIndex, FileEntry, checkpoint_sha, is_weight_file
 from core.storage.keys import checkpoint_key
+from core.storage.preflight import require_unquantised
 from core.storage.sources import ByteSource, LocalFile, StoredObject, folder_sources, stored_source
 
 
@@ -69,16 +70,18 @@ def _uploaded(files: list[FileEntry], ctx: StepContext) -> StepOutput:
     for entry in files:
         if ctx.store.size(entry.key) != entry.size:
             raise StoreUnavailable(f"the store does not hold {entry.size} bytes under {entry.key}", where=entry.path)
-    CheckpointIndex.from_files(
-        {entry.path: stored_source(ctx.store, entry.key, entry.size, entry.path) for entry in files}
-    )
+    wanted_files({entry.path: stored_source(ctx.store, entry.key, entry.size, entry.path) for entry in files})
     return _answer(files)
 
 
 def wanted_files(sources: Mapping[str, ByteSource]) -> list[str]:
-    """The paths that belong to the model: its weight files and everything that is not weights in another format."""
-    used = CheckpointIndex.from_files(sources).headers
-    return [path for path in sources if path in used or path == INDEX_FILE or not is_weight_file(path)]
+    """The paths that belong to the model: its weight files and everything that is not weights in another format.
+
+    Raises what `CheckpointIndex` has, and InvalidCheckpoint for weights that are quantised already.
+    """
+    index = CheckpointIndex.from_files(sources)
+    require_unquantised(index)
+    return [path for path in sources if path in index.headers or path == INDEX_FILE or not is_weight_file(path)]
 
 
 def _from_folder(ctx: StepContext, path: str, in_place: bool = False) -> StepOutput:

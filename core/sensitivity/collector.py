@@ -75,6 +75,7 @@ class Collector:
         self._kinds: dict[tuple[nn.Module, int], tuple[Kind, float] | None] = {}
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._sketch: Sketch | None = None
+        self._head = head_of(network)
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._tensor_names = tensor_names(network)
         self._matrices = {
@@ -145,7 +146,8 @@ class Collector:
         if kind[0] == "table":
             output.register_hook(partial(self._add_table, weight, given.detach(), kind[1]))
         elif kind[0] == "rows":
-            output.register_hook(partial(self._add_rows, weight, *self._of_input(given)))
+            alone = module is self._head
+            output.register_hook(partial(self._add_rows, weight, *self._of_input(given, alone=alone), alone))
         else:
             output.register_hook(partial(self._add_columns, weight, given.detach(), self._of_input(given)[1]))
         return output.clone() if leaf else None  # a leaf could not be written to in place by what follows
@@ -159,21 +161,32 @@ class Collector:
                 self._refuse(weight, f"{type(module).__name__} is neither a linear layer nor an embedding")
         return self._kinds[key]
 
-    def _of_input(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """‖x_t‖² in fp32 (tokens,) and the input's projection; computed once for layers that share an input."""
+    def _of_input(self, given: torch.Tensor, *, alone: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """‖x_t‖² in fp32 (tokens,) and the input's projection; computed once for layers that share an input.
+
+        `alone`: each position of the layer influences one label only, so nothing is left out and nothing is projected.
+        """
         if self._last is None or self._last[0] is not given:
             wide = _wide(given.detach())
             flat = wide.flatten(0, -2)
-            sketch = self._sketch
+            sketch = None if alone else self._sketch
             projection = sketch.project(wide) if sketch is not None and sketch.fits(wide) else None
             self._last = given, torch.linalg.vecdot(flat, flat), projection
         return self._last[1:]
 
     def _add_rows(
-        self, weight: torch.Tensor, norms: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
+        self,
+        weight: torch.Tensor,
+        norms: torch.Tensor,
+        projection: torch.Tensor | None,
+        alone: bool,
+        gradient: torch.Tensor,
     ) -> None:
+        rows = _weighted_squares(gradient, norms)
         whole = None if projection is None else matrix_sum(gradient, projection)
-        self._matrices[id(weight)].add(self._half, _weighted_squares(gradient, norms), whole)
+        if alone and self._sketch is not None:
+            whole = rows.sum()
+        self._matrices[id(weight)].add(self._half, rows, whole)
 
     def _add_columns(
         self, weight: torch.Tensor, given: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
@@ -192,6 +205,13 @@ class Collector:
         rows = torch.zeros_like(matrix.rows[0]).index_add_(0, tokens.flatten(), squares)
         fits = sketch is not None and sketch.fits(gradient) and tokens.shape == gradient.shape[:2]
         matrix.add(self._half, rows, table_sum(gradient, tokens) * scale**2 if fits else None)
+
+
+def head_of(network: nn.Module) -> nn.Module | None:
+    """The layer that answers logits, where the network says which it is."""
+    told = getattr(network, "get_output_embeddings", None)
+    found = told() if callable(told) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

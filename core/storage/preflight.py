@@ -22,7 +22,7 @@ from core.storage.safetensors_header import DTYPE_BITS, TensorEntry
 
 def preflight(index: CheckpointIndex, recipe: Recipe) -> None:
     """Raise what is known to be wrong with this recipe on this checkpoint; see the functions below."""
-    _require_unquantised(index)
+    require_unquantised(index)
     _require_forward(index, recipe)
     _require_texts(index, recipe)
     _require_work(index, recipe)
@@ -34,7 +34,8 @@ def smallest_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
     return sum(_least_bytes(index.tensors[name], recipe) for name in index.names)
 
 
-def _require_unquantised(index: CheckpointIndex) -> None:
+def require_unquantised(index: CheckpointIndex) -> None:
+    """InvalidCheckpoint when the config says that a quantiser was here before: no recipe can be carried out."""
     if already := quantised_by(index.config):
         raise InvalidCheckpoint(
             f"the weights are already quantised ({already})",

@@ -79,9 +79,10 @@ class House:
             try:
                 output = run_step(claim.request.kind, claim.request, context)
             except BitmillError as error:
-                assert self.bench.queue.fail(claim.attempt_id, error)
+                taken = self.bench.queue.fail(claim.attempt_id, error)
             else:
-                assert self.bench.queue.succeed(claim.attempt_id, output)
+                taken = self.bench.queue.succeed(claim.attempt_id, output)
+            assert taken
         return self.bench.now(job)
 
     def failure(self, job: JobView) -> FailureView:
@@ -260,6 +261,15 @@ class TestWhenAJobIsAtIt:
         failure = house.failure(house.submit(tiny_checkpoint, **MEASURED))
         assert (failure.code, failure.step) == ("unsupported_architecture", "calibrate")
         assert "nobody_knows_this" in failure.detail
+
+    def test_weights_that_are_quantised_already(self, house: House, tiny_checkpoint: Path) -> None:
+        config = json.loads((tiny_checkpoint / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (tiny_checkpoint / "config.json").write_text(json.dumps(config))
+        failure = house.failure(house.submit(tiny_checkpoint))
+        assert (failure.code, failure.step, failure.where) == ("invalid_checkpoint", "fetch", "config.json")
+        assert "gptq" in failure.detail
+        assert house.keys() == []
 
     def test_a_target_below_reach(self, house: House, tiny_checkpoint: Path) -> None:
         failure = house.failure(house.submit(tiny_checkpoint, target={"bits_per_param": 1.5}))

@@ -35,6 +35,7 @@ from core.jobs.sessions import connect, writing
 from core.jobs.tables import Upload
 from core.jobs.uploads import UploadService
 from core.jobs.views import UploadPartView, UploadView
+from core.storage.inspection import inspection
 from core.storage.local_store import LocalStore
 
 OWNER = "ada"
@@ -282,10 +283,9 @@ class TestCompleting:
     ) -> None:
         """As when a proxy's patience ends before the first call does, and the client asks again."""
         sender.send_all()
-        real = uploads_module.inspection
 
         def overtaken(*given: object) -> dict[str, object]:
-            monkeypatch.setattr(uploads_module, "inspection", real)
+            monkeypatch.setattr(uploads_module, "inspection", inspection)
             sender.complete()
             return {}
 

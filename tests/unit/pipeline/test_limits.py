@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +30,7 @@ from core.pipeline import forward, local
 from core.pipeline.context import StepContext, require_disk
 from core.pipeline.estimate import required_scratch_bytes
 from core.pipeline.fetch import fetch
+from core.pipeline.steps import run_step
 from core.recipe.recipe import load_recipe
 from core.storage.keys import checkpoint_key
 from core.storage.local_store import LocalStore
@@ -148,11 +150,10 @@ class TestDisk:
         self, ctx: StepContext, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import huggingface_hub
-        from huggingface_hub.hf_api import ModelInfo
 
         sizes = {"model.safetensors": 1 << 40, "config.json": 100, "pytorch_model.bin": 1 << 50}
-        siblings = [{"rfilename": path, "size": size} for path, size in sizes.items()]
-        info = ModelInfo(id="org/name", sha="a" * 40, siblings=siblings)
+        siblings = [SimpleNamespace(rfilename=path, size=size) for path, size in sizes.items()]
+        info = SimpleNamespace(sha="a" * 40, siblings=siblings)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_given, **_named: info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
         monkeypatch.setattr(shutil, "disk_usage", disk_with(1 << 40))
@@ -302,10 +303,9 @@ def test_a_source_that_changes_while_it_is_read_is_no_source_of_an_artefact(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The manifest would name digests of bytes that were not quantised."""
-    real = local.run_step
 
     def meddled(kind: str, request: StepRequest, ctx: StepContext) -> dict[str, Any]:
-        answered = real(kind, request, ctx)
+        answered = run_step(kind, request, ctx)
         if kind == "fetch":
             data = (llama / name).read_bytes()
             (llama / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

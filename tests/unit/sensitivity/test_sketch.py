@@ -1,4 +1,4 @@
-"""Sums over whole sequences: unbiased for the squared weight gradient that autograd gives, at a fraction of its cost."""
+"""Sums over whole sequences: unbiased for the squared weight gradient that autograd gives, at little cost."""
 
 from __future__ import annotations
 
