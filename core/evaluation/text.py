@@ -1,9 +1,8 @@
 """Text as windows of tokens, by the checkpoint's own tokenizer.
 
 A text is `builtin` (prose and code from the documentation of Python, cut into a calibration and an evaluation part that
-share no paragraph), `file:NAME` (a file of the checkpoint) or a path. Same text, tokenizer, split, sizes and seed give
-the same windows; their sha256 names them. The windows do not overlap, are not padded, and begin with the token that the
-tokenizer itself puts first. Nothing is downloaded.
+share no paragraph), `file:NAME` (a file of the checkpoint), `hf:...` (a data set of the hub) or a path. Same text, tokenizer, split, sizes and seed give the same windows; their sha256 names them. The windows do not overlap,
+are not padded, and begin with the token that the tokenizer itself puts first.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from core.errors import EmptyText, InvalidCheckpoint, MethodNotAvailable, MissingFile, PathNotAllowed, UserError
+from core.errors import EmptyText, InvalidCheckpoint, MissingFile, PathNotAllowed, UserError
+from core.evaluation.hub_text import dataset_text
 from core.ids import derived_seed
 
 Split = Literal["calibration", "evaluation"]
@@ -90,9 +90,7 @@ def _read(text: str, split: Split, open_file: OpenFile | None) -> str:
     if text == BUILTIN:
         return builtin_text(split)
     if text.startswith("hf:"):
-        raise MethodNotAvailable(
-            "data sets of the hub are not read by this version", where=text[:200], hint="`builtin`, or a text file"
-        )
+        return dataset_text(text, split)
     if text.startswith("file:"):
         name = text.removeprefix("file:")
         if open_file is None:

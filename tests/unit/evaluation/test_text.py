@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import BitmillError, EmptyText, InvalidCheckpoint, MethodNotAvailable, MissingFile, PathNotAllowed
+from core.errors import BitmillError, EmptyText, InvalidCheckpoint, MissingFile, PathNotAllowed
 from core.evaluation import text as module
 from core.evaluation.text import builtin_text, token_windows
 from tests.unit.pipeline.conftest import byte_tokenizer
@@ -152,7 +152,6 @@ def test_texts_that_cannot_be_read_are_refused_each_with_its_reason(tmp_path: Pa
         "/dev/zero": (PathNotAllowed, "regular"),
         "no\0path": (MissingFile, "no such text"),
         str(tmp_path / "latin.txt"): (BitmillError, "UTF-8"),
-        "hf:someone/text": (MethodNotAvailable, "data sets"),
         "file:text.txt": (MissingFile, "no files"),
     }
     for text, (kind, reason) in refusals.items():
