@@ -2,8 +2,8 @@
 
 Read from the hub's own Parquet form of every data set (revision `refs/convert/parquet`, files
 CONFIG/SPLIT/NNNN.parquet), so no code of the data set runs. Documents are the column `text`, else the first column of
-strings, in order, up to a limit. Without SPLIT calibration reads `train`; evaluation `test` or `validation` where there is one. The hub may serve
-other rows tomorrow: the sha256 of the windows that were used stands in the manifest.
+strings, in order, up to a limit. Without SPLIT calibration reads `train`; evaluation `test` or `validation` where there
+is one. The hub may serve other rows tomorrow: the sha256 of the windows that were used stands in the manifest.
 """
 
 from __future__ import annotations

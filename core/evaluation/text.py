@@ -1,8 +1,9 @@
 """Text as windows of tokens, by the checkpoint's own tokenizer.
 
 A text is `builtin` (prose and code from the documentation of Python, cut into a calibration and an evaluation part that
-share no paragraph), `file:NAME` (a file of the checkpoint), `hf:...` (a data set of the hub) or a path. Same text, tokenizer, split, sizes and seed give the same windows; their sha256 names them. The windows do not overlap,
-are not padded, and begin with the token that the tokenizer itself puts first.
+share no paragraph), `file:NAME` (a file of the checkpoint), `hf:...` (a data set of the hub) or a path. Same text,
+tokenizer, split, sizes and seed give the same windows; their sha256 names them. The windows do not overlap, are not
+padded, and begin with the token that the tokenizer itself puts first.
 """
 
 from __future__ import annotations
