@@ -6,13 +6,10 @@ import difflib
 from typing import Any
 
 from core.errors import InvalidRecipe, PathNotAllowed
-from core.jobs.views import CheckpointView
+from core.jobs.checkpoints import CheckpointService
 from core.recipe.calibration import BUILTIN, is_local_path
 from core.recipe.recipe import Recipe, load_recipe, presets
-from core.storage.checkpoint import CheckpointIndex
-from core.storage.object_store import ObjectStore
 from core.storage.preflight import preflight
-from core.storage.sources import stored_source
 
 
 def read_recipe(given: str | dict[str, Any]) -> Recipe:
@@ -39,9 +36,8 @@ def _check_texts(canonical: dict[str, Any]) -> None:
             raise PathNotAllowed("a local path is not read over REST", where=f"{part}.text", hint=hint)
 
 
-def check_in_advance(store: ObjectStore, checkpoint: CheckpointView, recipe: Recipe) -> None:
-    """Refuse what the headers and the recipe tell already, when the checkpoint's files lie in the store."""
-    files = checkpoint.files
-    if checkpoint.state == "ready" and files and all(file.key for file in files):
-        sources = {file.path: stored_source(store, file.key, file.size, file.path) for file in files}
-        preflight(CheckpointIndex.from_files(sources), recipe)
+def check_in_advance(checkpoints: CheckpointService, owner: str, checkpoint_id: str, recipe: Recipe) -> None:
+    """Refuse what the headers and the recipe tell already, where the checkpoint's files can be read."""
+    index = checkpoints.readable(checkpoints.get(owner, checkpoint_id))
+    if index is not None:
+        preflight(index, recipe)

@@ -4,7 +4,7 @@ At every target `uniform` is planned first; `fisher` and `heuristic` then get th
 All share one calibration. Prints a JSON line per plan: stored bits per parameter, predicted and measured KL (nats per
 token, on the evaluation part of the built-in text). Last line: whether fisher is below uniform wherever there was a
 choice to make, and measured over predicted KL of fisher at 4 bits. (The model has four layers, all of them outer ones,
-so `heuristic` is `uniform` here.)
+so `heuristic` gives every tensor the same here, like `uniform`, and has fewer widths to choose from.)
 
     python benchmarks/allocation_table.py [--sequences 64] [--bits 3.0 3.5 4.0 4.5] [--format t7_4@64:signmax ...]
 """

@@ -6,7 +6,7 @@ everything that `estimate_fisher` does. `bare` is the floor: the ordinary pass w
 is measured. Prints a JSON line per round and one with the medians; the promise is a ratio of at most 0.8. It rises with
 the length, because attention costs both the same.
 
-    python benchmarks/fisher_cost.py [--sequences 16] [--length 256] [--rounds 9] [--threads 1]
+    python benchmarks/fisher_cost.py [--sequences 64] [--length 256] [--rounds 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def measure(sequences: int, length: int, rounds: int) -> list[dict[str, float]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     import torch

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def up(
     data_dir: DataDir = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes any free one.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Worker processes.", min=0)] = 1,
     allow_root: Annotated[
@@ -45,7 +45,8 @@ def up(
 
     settings = Settings()
     folder = data_dir or settings.data_dir
-    options = StackOptions(folder, host=host, port=port, workers=workers, allowed_roots=tuple(allow_root or ()))
+    roots = tuple(allow_root or ())
+    options = StackOptions(folder, host=host or settings.host, port=port, workers=workers, allowed_roots=roots)
     try:
         with running_stack(options, settings) as stack:
             print(stack.url, flush=True)

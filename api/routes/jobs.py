@@ -30,7 +30,7 @@ def submit_job(
             "webhooks are not available in this version", where="webhook", hint="follow the events"
         )
     recipe = read_recipe(body.recipe)
-    check_in_advance(services.store, services.checkpoints.get(caller.owner, body.checkpoint), recipe)
+    check_in_advance(services.checkpoints, caller.owner, body.checkpoint, recipe)
     request = SubmitJob(
         checkpoint=body.checkpoint,
         recipe=recipe.canonical(),

@@ -55,7 +55,7 @@ def get_plan(plan_id: str, response: Response, services: ServicesOf, caller: Rea
 
 def _submit(services: Services, owner: str, body: NewPlan, idempotency: Idempotency) -> str:
     recipe = read_recipe(body.recipe)
-    check_in_advance(services.store, services.checkpoints.get(owner, body.checkpoint), recipe)
+    check_in_advance(services.checkpoints, owner, body.checkpoint, recipe)
     wanted = SubmitJob(
         checkpoint=body.checkpoint,
         recipe=recipe.canonical(),

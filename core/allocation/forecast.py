@@ -2,9 +2,12 @@
 
 Of a tensor in a format: `½ Σ_o F_o d_o` in nats per token, F_o the Fisher information of output row o (summed over its
 weights), d_o the mean squared error of the row as the real encoder makes it; of a model the sum over its tensors
-(fisher-and-allocation, sections 1 and 8.4). Holds for errors that are not shaped by the rounding and for KL up to about
-0.3 (8.3). Tensors of more than 2^20 weights are measured on evenly spaced rows, but for formats with one scale per
-tensor. Sums are fp64 and results have nine significant digits, so that the order of a reduction decides nothing.
+(fisher-and-allocation, sections 1 and 8.4). The nearest codes shrink a row's weights together, by m on average and by m
++ r_o in row o: that part of the error is taken out of d_o and costs `½ (m² S + Σ_o r_o² S_o)`, S and S_o being the
+Fisher information of a factor on the tensor and on the row. Holds for errors that are not shaped by the rounding and
+for KL up to about 0.3 (8.3). Tensors of more than 2^20 weights are measured on evenly spaced rows, but for formats with
+one scale per tensor. Sums are fp64 and results have nine significant digits, so that the order of a reduction decides
+nothing.
 """
 
 from __future__ import annotations
@@ -31,10 +34,23 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Fisher information of a factor on a whole tensor, and on each of its rows."""
+
+    whole: float
+    rows: Floats
+
+
+def _no_scales(_name: str) -> Scales | None:
+    return None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Fisher information of the tensors that calibration reached.
 
     `means`: per weight, by tensor. `rows(name)`: sums over the weights of each output row, None where there are none.
+    `scales(name)`: of factors, None where that is not known.
     `pooled`: means of tensors that were not reached but share a format with such as were (section 5, experts).
     `halves_bits`: how far apart two halves of the text are, as RMS over tensors of ½ log2 f̄_A / f̄_B; None unless known.
     """
@@ -43,6 +59,7 @@ class Evidence:
     rows: Callable[[str], Floats | None]
     pooled: Mapping[str, float]
     halves_bits: float | None = None
+    scales: Callable[[str], Scales | None] = _no_scales
 
     @classmethod
     def of(
@@ -51,6 +68,7 @@ class Evidence:
         rows: Callable[[str], Floats | None],
         groups: Iterable[Group],
         halves_bits: float | None = None,
+        scales: Callable[[str], Scales | None] = _no_scales,
     ) -> Evidence:
         """Means that are not positive are no evidence."""
         reached = {name: mean for name, mean in means.items() if mean > 0}
@@ -59,7 +77,7 @@ class Evidence:
             known = [reached[name] for name in group.members if name in reached]
             if known:
                 pooled |= {name: sum(known) / len(known) for name in group.members if name not in reached}
-        return cls(reached, rows, pooled, halves_bits)
+        return cls(reached, rows, pooled, halves_bits, scales)
 
     def mean(self, name: str) -> float:
         """Fisher information per weight, 0 for a tensor about which nothing is known."""
@@ -119,43 +137,64 @@ class Forecast:
         whole = read_tensor(self._index, name)
         weights = whole.reshape(-1, whole.shape[-1]).to(self._device)
         fisher = _row_weights(self.evidence.rows(name), mean * weights.numel(), len(weights))
+        scales = self.evidence.scales(name)
+        if scales is not None and len(scales.rows) != len(weights):
+            scales = None
         rows = _spaced_rows(len(weights), weights.shape[1])
         part = weights[torch.from_numpy(rows).to(self._device)] if len(rows) < len(weights) else weights
         try:
             return [
-                predicted_kl(weights, fisher, np.arange(len(weights)), text)
+                predicted_kl(weights, fisher, np.arange(len(weights)), text, scales)
                 if parse(text).granularity == "tensor"
-                else predicted_kl(part, fisher, rows, text)
+                else predicted_kl(part, fisher, rows, text, scales)
                 for text in texts
             ]
         except BitmillError as error:
             raise error.at(name) from None
 
 
-def predicted_kl(weights: torch.Tensor, fisher: Floats, rows: npt.NDArray[np.int64], text: str) -> float:
-    """½ Σ F_o d_o over all rows, by the ratio estimator from `weights` (rows, inputs), the rows `rows` of the tensor.
+def predicted_kl(
+    weights: torch.Tensor,
+    fisher: Floats,
+    rows: npt.NDArray[np.int64],
+    text: str,
+    scales: Scales | None = None,
+) -> float:
+    """The forecast of a tensor, by ratio estimators from `weights` (rows, inputs), the rows `rows` of it.
 
-    `fisher`: (all rows,), sums over the weights of a row.
+    `fisher`: (all rows,), sums over the weights of a row. Without `scales` all of the error counts as independent.
     """
     encoded = encode_nearest(weights, parse(text))
-    errors = _row_errors(weights, encoded.decode())
-    sampled = fisher[rows]
-    if sampled.sum() > 0:
-        kl = 0.5 * float(fisher.sum()) * float((sampled * errors).sum()) / float(sampled.sum())
-    else:
-        kl = 0.5 * float(fisher.sum()) * float(errors.mean())
+    errors, shrunk, power = _row_errors(weights, encoded.decode())
+    kl = 0.0
+    if scales is not None:
+        errors = errors - shrunk**2 * power
+        common = float(shrunk.mean())
+        kl = 0.5 * (common**2 * scales.whole + _total(scales.rows, (shrunk - common) ** 2, rows))
+    kl += 0.5 * _total(fisher, errors, rows)
     return float(f"{kl:.{_DIGITS}g}")
 
 
-def _row_errors(weights: torch.Tensor, decoded: torch.Tensor) -> Floats:
-    """Mean squared error of each row, fp64, worked out in pieces of rows."""
+def _total(weights: Floats, values: Floats, rows: npt.NDArray[np.int64]) -> float:
+    """Σ weights · values over all rows, from the values of some."""
+    sampled = weights[rows]
+    if sampled.sum() > 0:
+        return float(weights.sum()) * float((sampled * values).sum()) / float(sampled.sum())
+    return float(weights.sum()) * float(values.mean())
+
+
+def _row_errors(weights: torch.Tensor, decoded: torch.Tensor) -> tuple[Floats, Floats, Floats]:
+    """Of each row, fp64: mean squared error, 1 - <decoded, w>/<w, w>, mean square; worked out in pieces of rows."""
     step = max(1, MEASURED_WEIGHTS // weights.shape[1])
-    errors = [
-        (decoded[at : at + step].double() - weights[at : at + step].double()).square_().mean(dim=1)
-        for at in range(0, len(weights), step)
-    ]
-    found: Floats = torch.cat(errors).cpu().numpy()
-    return found
+    found: list[torch.Tensor] = []
+    for at in range(0, len(weights), step):
+        original = weights[at : at + step].double()
+        error = decoded[at : at + step].double() - original
+        power = original.square().mean(dim=1)
+        shrunk = -(error * original).mean(dim=1) / power.clamp(min=torch.finfo(torch.float64).tiny)
+        found.append(torch.stack((error.square_().mean(dim=1), shrunk, power)))
+    errors, shrinkage, powers = torch.cat(found, dim=1).cpu().numpy()
+    return errors, shrinkage, powers
 
 
 def grouping_cost_bits(forecast: Forecast, groups: Sequence[Group]) -> float:

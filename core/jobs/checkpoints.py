@@ -92,7 +92,18 @@ class CheckpointService:
                 raise Conflict(f"{live} jobs work on this checkpoint", where=checkpoint_id, hint="cancel them first")
             row.state = "deleted"
 
-    def index(self, files: Sequence[CheckpointFile]) -> CheckpointIndex:
+    def readable(self, view: CheckpointView) -> CheckpointIndex | None:
+        """The headers of a checkpoint where its files can be read from here: in the store, or in an allowed folder."""
+        if view.state != "ready" or not view.files:
+            return None
+        if all(one.key for one in view.files):
+            return self.index(view.files)
+        if view.source.get("kind") != "path":
+            return None
+        root = allowed_folder(str(view.source["path"]), self.settings.allowed_roots)
+        return CheckpointIndex.from_files(folder_sources(root, _link_roots(root)))
+
+    def index(self, files: Sequence[CheckpointFile | CheckpointFileView]) -> CheckpointIndex:
         """The tensors of a checkpoint whose files lie in the store."""
         return CheckpointIndex.from_files(
             {one.path: stored_source(self.store, one.key, one.size, one.path) for one in files}

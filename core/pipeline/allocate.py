@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from core.allocation.fisher import Fisher
-from core.allocation.forecast import Evidence, Floats, Forecast
+from core.allocation.forecast import Evidence, Floats, Forecast, Scales
 from core.allocation.guards import warnings
 from core.allocation.heuristic import heuristic
 from core.allocation.search import Round, best, search
@@ -78,8 +78,14 @@ def read_evidence(ctx: StepContext, calibrated: StepOutput, space: Space) -> Evi
         sums: Floats = read_tensor(stored, key).double().numpy() * float(known[name]["cross"])
         return sums
 
+    def scales(name: str) -> Scales | None:
+        key = f"{name}.row_scales"
+        if key not in stored.tensors:
+            return None
+        return Scales(float(known[name]["scale"]), read_tensor(stored, key).double().numpy())
+
     means = {name: float(one["mean"]) * float(one["cross"]) for name, one in known.items()}
-    return Evidence.of(means, rows, space.groups, calibrated.values.get("halves_bits"))
+    return Evidence.of(means, rows, space.groups, calibrated.values.get("halves_bits"), scales)
 
 
 def method_of(name: str, sizes: Sizes, base: TensorFormat, forecast: Forecast | None) -> Method:

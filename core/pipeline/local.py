@@ -183,6 +183,7 @@ def _materialise(artefacts: list[dict[str, Any]], store: ObjectStore, source: Pa
             shutil.copyfile(source / (original_name(one["path"]) or one["path"]), path)
         else:
             stored.rename(path)
+            path.chmod(0o644)  # the store keeps its files to itself
 
 
 def gate_error(gate: dict[str, Any]) -> GateFailed:

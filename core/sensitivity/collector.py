@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from core.networks import tensor_names
-from core.sensitivity.sketch import Sketch, matrix_sum, table_sum
+from core.sensitivity.sketch import Sketch, matrix_sum, scale_sums, table_scale_sums, table_sum
 
 _TILE_ELEMENTS = 1 << 18  # of gradients squared at a time: they stay in the cache
 _PROBED_TOKENS = 32
@@ -32,20 +32,34 @@ Kind = Literal["rows", "columns", "table"]
 class _Matrix:
     """A parameter that is measured.
 
-    `rows`: its sums (2 halves, first dimension), fp64. `together`: of the sequences that were sketched, the sums over
-    whole sequences and over single tokens, fp64.
+    `rows`: its sums (2 halves, first dimension), fp64. Of the sequences that were sketched: `together`, the sums over
+    whole sequences and over single tokens; `scale` and `row_scales`, the sums for scaling all of it and each row.
     """
 
     rows: torch.Tensor
     together: torch.Tensor
+    row_scales: torch.Tensor
+    scale: torch.Tensor
     elements: int
     called: bool = False
 
-    def add(self, half: int, rows: torch.Tensor, whole: torch.Tensor | None) -> None:
-        """Row sums of a call, and its sum over whole sequences where that was estimated."""
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> Self:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+
+        count = parameter.shape[0]
+        return cls(zeros(2, count), zeros(2), zeros(count), zeros(), parameter.numel())
+
+    def add(self, half: int, rows: torch.Tensor) -> None:
+        """Row sums of a call."""
         self.rows[half] += rows
-        if whole is not None:
-            self.together += torch.stack((whole, rows.sum()))
+
+    def add_whole(self, rows: torch.Tensor, whole: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """What whole sequences of a call had, beside its row sums."""
+        self.together += torch.stack((whole, rows.sum()))
+        self.row_scales += scales[0]
+        self.scale += scales[1]
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,14 @@ class Measured:
     """What was summed up of one tensor, on the CPU.
 
     `rows`: fp64 (2 halves, rows). `cross`: sums over whole sequences relative to those over single tokens, 1 where the
-    layer's calls did not tell sequences apart.
+    layer's calls did not tell sequences apart. `row_scales` (rows,) and `scale`: sums over the sketched sequences.
     """
 
     rows: torch.Tensor
     elements: int
     cross: float
+    row_scales: torch.Tensor
+    scale: float
 
 
 class Collector:
@@ -68,7 +84,7 @@ class Collector:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.sequences = 0
+        self.sequences = self.sketched = 0
         self.reasons: dict[str, str] = {}
         self._network, self._half = network, 0
         self._handles: list[RemovableHandle] = []
@@ -79,13 +95,7 @@ class Collector:
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._tensor_names = tensor_names(network)
         self._matrices = {
-            id(parameter): _Matrix(
-                torch.zeros(2, parameter.shape[0], dtype=torch.float64, device=parameter.device),
-                torch.zeros(2, dtype=torch.float64, device=parameter.device),
-                parameter.numel(),
-            )
-            for parameter in network.parameters()
-            if parameter.ndim == 2
+            id(parameter): _Matrix.of(parameter) for parameter in network.parameters() if parameter.ndim == 2
         }
         self._wanted = [parameter.requires_grad for parameter in network.parameters()]
 
@@ -111,6 +121,7 @@ class Collector:
         yield
         self._last = None
         self.sequences += sequences
+        self.sketched += sequences if seeds is not None else 0
 
     def results(self) -> Iterator[tuple[str, Measured]]:
         """What was measured, by tensor; completes `reasons`."""
@@ -125,7 +136,9 @@ class Collector:
                 self._refuse(parameter, "no layer that multiplies with it was called")
             elif named[0] not in self.reasons:
                 whole, single = matrix.together.tolist()
-                yield named[0], Measured(matrix.rows.cpu(), matrix.elements, whole / single if single else 1.0)
+                cross = whole / single if single else 1.0
+                scales = matrix.row_scales.cpu(), float(matrix.scale)
+                yield named[0], Measured(matrix.rows.cpu(), matrix.elements, cross, *scales)
 
     def _refuse(self, parameter: torch.Tensor, reason: str) -> None:
         for name in self._tensor_names[self._names[id(parameter)]]:
@@ -143,14 +156,23 @@ class Collector:
         leaf = not output.requires_grad
         if leaf:
             output.requires_grad_()
+        answer = self._answer_to_keep(module, output)
+        alone = kind[0] == "rows" and module is self._head
+        call = _Call(self._matrices[id(weight)], self._half, given.detach(), answer, alone=alone)
         if kind[0] == "table":
-            output.register_hook(partial(self._add_table, weight, given.detach(), kind[1]))
+            output.register_hook(partial(self._add_table, call, kind[1]))
         elif kind[0] == "rows":
-            alone = module is self._head
-            output.register_hook(partial(self._add_rows, weight, *self._of_input(given, alone=alone), alone))
+            output.register_hook(partial(self._add_rows, call, *self._of_input(given, alone=call.alone)))
         else:
-            output.register_hook(partial(self._add_columns, weight, given.detach(), self._of_input(given)[1]))
+            output.register_hook(partial(self._add_columns, call, self._of_input(given)[1]))
         return output.clone() if leaf else None  # a leaf could not be written to in place by what follows
+
+    def _answer_to_keep(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor | None:
+        """W x without its bias, where whole sequences of the call can be told apart."""
+        if self._sketch is None or not self._sketch.fits(output):
+            return None
+        bias = module._parameters.get("bias")
+        return output.detach() if bias is None else output.detach() - bias
 
     def _kind(self, module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
         """What the layer computes, found out at its first call; None, and a reason, when it is nothing known."""
@@ -175,36 +197,50 @@ class Collector:
         return self._last[1:]
 
     def _add_rows(
-        self,
-        weight: torch.Tensor,
-        norms: torch.Tensor,
-        projection: torch.Tensor | None,
-        alone: bool,
-        gradient: torch.Tensor,
+        self, call: _Call, norms: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
     ) -> None:
         rows = _weighted_squares(gradient, norms)
-        whole = None if projection is None else matrix_sum(gradient, projection)
-        if alone and self._sketch is not None:
-            whole = rows.sum()
-        self._matrices[id(weight)].add(self._half, rows, whole)
+        call.matrix.add(call.half, rows)
+        if call.answer is not None and (call.alone or projection is not None):
+            whole = rows.sum() if projection is None else matrix_sum(gradient, projection)
+            call.matrix.add_whole(rows, whole, scale_sums(gradient, call.answer, alone=call.alone))
 
-    def _add_columns(
-        self, weight: torch.Tensor, given: torch.Tensor, projection: torch.Tensor | None, gradient: torch.Tensor
+    def _add_columns(self, call: _Call, projection: torch.Tensor | None, gradient: torch.Tensor) -> None:
+        """A weight (in, out): the sums over outputs are by input, whose scales are not told apart."""
+        flat = _wide(gradient.flatten(0, -2))
+        rows = _weighted_squares(call.given, torch.linalg.vecdot(flat, flat))
+        call.matrix.add(call.half, rows)
+        if call.answer is not None and projection is not None:
+            scale = scale_sums(gradient, call.answer)[1]
+            call.matrix.add_whole(rows, matrix_sum(gradient, projection), (torch.zeros_like(rows), scale))
+
+    def _add_table(self, call: _Call, factor: float, gradient: torch.Tensor) -> None:
+        """The gradient with respect to the table is `factor` times that of what the layer answers."""
+        flat, tokens = _wide(gradient.flatten(0, -2)), call.given
+        squares = torch.linalg.vecdot(flat, flat).double() * factor**2
+        rows = torch.zeros_like(call.matrix.row_scales).index_add_(0, tokens.flatten(), squares)
+        call.matrix.add(call.half, rows)
+        if call.answer is not None and tokens.shape == gradient.shape[:2]:
+            scales = table_scale_sums(gradient, call.answer, tokens, len(rows))
+            call.matrix.add_whole(rows, table_sum(gradient, tokens) * factor**2, scales)
+
+
+class _Call:
+    """One call of a layer, waiting for its gradient.
+
+    `alone`: each position of the layer influences one label only, so whole sequences have nothing more than tokens.
+    """
+
+    def __init__(
+        self, matrix: _Matrix, half: int, given: torch.Tensor, answer: torch.Tensor | None, *, alone: bool
     ) -> None:
-        """A weight (in, out): the sums over outputs are by input."""
-        flat = _wide(gradient.flatten(0, -2))
-        whole = None if projection is None else matrix_sum(gradient, projection)
-        rows = _weighted_squares(given, torch.linalg.vecdot(flat, flat))
-        self._matrices[id(weight)].add(self._half, rows, whole)
+        self.matrix, self.half, self.given, self.alone = matrix, half, given, alone
+        self._answer, self._version = answer, None if answer is None else answer._version
 
-    def _add_table(self, weight: torch.Tensor, tokens: torch.Tensor, scale: float, gradient: torch.Tensor) -> None:
-        """The gradient with respect to the table is `scale` times that of what the layer answers."""
-        flat = _wide(gradient.flatten(0, -2))
-        squares = torch.linalg.vecdot(flat, flat).double() * scale**2
-        matrix, sketch = self._matrices[id(weight)], self._sketch
-        rows = torch.zeros_like(matrix.rows[0]).index_add_(0, tokens.flatten(), squares)
-        fits = sketch is not None and sketch.fits(gradient) and tokens.shape == gradient.shape[:2]
-        matrix.add(self._half, rows, table_sum(gradient, tokens) * scale**2 if fits else None)
+    @property
+    def answer(self) -> torch.Tensor | None:
+        """What the layer multiplied to, where sequences are sketched and nothing has been written over it."""
+        return self._answer if self._answer is not None and self._answer._version == self._version else None
 
 
 def head_of(network: nn.Module) -> nn.Module | None:

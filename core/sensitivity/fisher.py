@@ -42,7 +42,10 @@ ESTIMATOR = "sampled labels, per token, times what whole sequences have more"
 _FILE_VERSION = 1
 _METADATA = "bitmill_fisher"
 _BATCH_TOKENS = 1024
-_SKETCHED_SHARE, _SKETCHED_LEAST = 6, 4  # one sequence in six, at least four, is also summed up as a whole
+_SKETCHED_SHARE, _SKETCHED_LEAST = (
+    4,
+    8,
+)  # of the even ones among the first quarter, or eight, whole sequences are summed
 _BATCH_ELEMENTS = 1 << 26  # of logits held at a time, unless one sequence has more
 _TILE_ELEMENTS = 1 << 20
 _BLOCK = 64
@@ -53,13 +56,16 @@ class TensorFisher:
     """One tensor: `sum` of the diagonal over its `elements`, and `rows`, the sums (first dimension,) in fp32.
 
     Both per predicted position, by single tokens. A tied parameter has the sum over its uses. `cross`: by how much more
-    whole sequences have, the factor that makes the estimate unbiased for the diagonal.
+    whole sequences have, the factor that makes the estimate unbiased for the diagonal. `scale` and `row_scales` (fp32,
+    first dimension): the Fisher information of a factor on the whole tensor and on each row, per predicted position.
     """
 
     sum: float
     elements: int
     rows: torch.Tensor
-    cross: float = 1.0
+    cross: float
+    scale: float
+    row_scales: torch.Tensor
 
     @property
     def mean(self) -> float:
@@ -86,12 +92,17 @@ class FisherEstimate:
         return tuple(sorted(self.reasons))
 
     def save(self, path: Path) -> None:
-        """Write a new safetensors file: `NAME.rows` fp32, everything else in the metadata."""
-        parts = [Part(f"{name}.rows", "F32", tuple(one.rows.shape)) for name, one in self.tensors.items()]
+        """Write a new safetensors file: `NAME.rows` and `NAME.row_scales` fp32, everything else in the metadata."""
+        parts = [
+            Part(f"{name}.{kind}", "F32", tuple(one.rows.shape))
+            for name, one in self.tensors.items()
+            for kind in ("rows", "row_scales")
+        ]
         about = {"version": _FILE_VERSION, "reasons": dict(sorted(self.reasons.items())), **describe(self)}
         with SafetensorsWriter(path, parts, {_METADATA: json.dumps(about, sort_keys=True)}) as writer:
             for name, one in self.tensors.items():
                 writer.write(f"{name}.rows", one.rows)
+                writer.write(f"{name}.row_scales", one.row_scales)
 
     @classmethod
     def load(cls, path: Path) -> FisherEstimate:
@@ -107,7 +118,12 @@ class FisherEstimate:
                 raise InvalidCheckpoint(f"an estimate of version {about['version']}, not {_FILE_VERSION}")
             tensors = {
                 name: TensorFisher(
-                    float(one["sum"]), int(one["elements"]), read_tensor(index, f"{name}.rows"), float(one["cross"])
+                    sum=float(one["sum"]),
+                    elements=int(one["elements"]),
+                    rows=read_tensor(index, f"{name}.rows"),
+                    cross=float(one["cross"]),
+                    scale=float(one["scale"]),
+                    row_scales=read_tensor(index, f"{name}.row_scales"),
                 )
                 for name, one in about["tensors"].items()
             }
@@ -122,13 +138,19 @@ def load_fisher(path: Path) -> FisherEstimate:
 
 
 def describe(estimate: FisherEstimate) -> dict[str, Any]:
-    """{positions, estimator, halves_bits, tensors: {name: {sum, mean, elements, cross}}, not_reached: {name: why}}."""
+    """{positions, estimator, halves_bits, tensors: {name: {sum, mean, elements, cross, scale}}, not_reached: {..}}."""
     return {
         "positions": estimate.positions,
         "estimator": estimate.estimator,
         "halves_bits": estimate.halves_bits,
         "tensors": {
-            name: {"sum": one.sum, "mean": one.mean, "elements": one.elements, "cross": one.cross}
+            name: {
+                "sum": one.sum,
+                "mean": one.mean,
+                "elements": one.elements,
+                "cross": one.cross,
+                "scale": one.scale,
+            }
             for name, one in estimate.tensors.items()
         },
         "not_reached": dict(sorted(estimate.reasons.items())),
@@ -150,7 +172,7 @@ def estimate_fisher(
         for half, chosen in _batches(count, size):
             progress(collector.sequences / count, f"sequence {collector.sequences + 1} of {count}")
             seeds = [derived_seed(seed, f"sequence {at}") for at in chosen]
-            sketched = chosen[0] < max(_SKETCHED_LEAST, count // _SKETCHED_SHARE)
+            sketched = half == 0 and chosen[0] < max(_SKETCHED_LEAST, count // _SKETCHED_SHARE)
             with collector.batch(half, len(chosen), seeds if sketched else None):
                 _backward(network, windows.ids[chosen], seeds)
     return _estimate(collector, count, length - 1)
@@ -232,7 +254,7 @@ def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimate:
-    positions = count * predicted
+    positions, sketched = count * predicted, max(collector.sketched * predicted, 1)
     per_half = ((count + 1) // 2 * predicted, count // 2 * predicted)
     tensors: dict[str, TensorFisher] = {}
     measured = dict(collector.results())
@@ -247,7 +269,12 @@ def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimat
             reasons[name] = "no gradient reached it"
             continue
         tensors[name] = TensorFisher(
-            (first + second) / positions, one.elements, (rows.sum(0) / positions).to(torch.float32), one.cross
+            sum=(first + second) / positions,
+            elements=one.elements,
+            rows=(rows.sum(0) / positions).to(torch.float32),
+            cross=one.cross,
+            scale=one.scale / sketched,
+            row_scales=(one.row_scales / sketched).to(torch.float32),
         )
         if first and second:
             ratios.append(log2((first / per_half[0]) / (second / per_half[1])) / 2)

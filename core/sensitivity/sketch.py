@@ -5,6 +5,10 @@ sampled labels; Optimal Formats for Weight Quantisation, arXiv 2505.12988, takes
 which drops the products of different positions). Where attention averages over positions these add up: a value
 projection can cost several times what single tokens say. The whole sum is estimated without a weight-sized product: for
 random signs Ω (inputs, WIDTH), the mean of ‖Σ_t g_t (x_tᵀ Ω)‖² / WIDTH is ‖Σ_t g_t x_tᵀ‖².
+
+The same pass tells what it costs to scale a row, or the whole matrix: codes that are nearest shrink weights by a few
+per cent, and such an error is not independent between the weights of a row. With y = W x, scaling row o by 1 + ε has
+the score ε Σ_t g_to y_to, so its Fisher information is the mean of that squared.
 """
 
 from __future__ import annotations
@@ -52,6 +56,33 @@ def table_sum(gradient: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(int(places.max()) + 1, one.shape[-1], dtype=torch.float64, device=one.device)
         total += sums.index_add_(0, places, one.double()).square().sum()
     return total
+
+
+def scale_sums(
+    gradient: torch.Tensor, answered: torch.Tensor, *, alone: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared scores of scaling each output row (outputs,) and all of them together (), summed over sequences, fp64.
+
+    `gradient`, `answered`: (sequences, tokens, outputs). `alone`: scores of different tokens are independent with zero
+    mean, and are squared one by one.
+    """
+    scores = gradient * answered
+    scores = scores.flatten(0, 1) if alone else scores.sum(dim=1)
+    whole = scores.sum(dim=1).double().square().sum()
+    return scores.square_().sum(dim=0).double(), whole
+
+
+def table_scale_sums(
+    gradient: torch.Tensor, answered: torch.Tensor, tokens: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the rows of an embedding with that many."""
+    scores = torch.linalg.vecdot(gradient, answered).double()
+    total = torch.zeros(rows, dtype=torch.float64, device=gradient.device)
+    for one, ids in zip(scores, tokens, strict=True):
+        met, places = torch.unique(ids, return_inverse=True)
+        sums = torch.zeros(len(met), dtype=torch.float64, device=one.device).index_add_(0, places, one)
+        total.index_add_(0, met, sums.square())
+    return total, scores.sum(dim=1).square().sum()
 
 
 def _signs(seed: int, inputs: int) -> torch.Tensor:

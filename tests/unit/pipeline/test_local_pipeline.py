@@ -205,7 +205,6 @@ def test_an_output_folder_that_holds_anything_is_not_touched(llama: Path, tmp_pa
     (out / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty folder"):
         local.run_recipe(llama, recipe(), out)
-    assert digests(out) == digests(out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 

@@ -277,8 +277,9 @@ def test_the_file_gives_back_what_was_saved(estimate: FisherEstimate, tmp_path: 
     loaded = load_fisher(tmp_path / "fisher.safetensors")
     assert describe(loaded) == describe(estimate)
     for name, one in load_file(tmp_path / "fisher.safetensors").items():
-        assert torch.equal(one, estimate.tensors[name.removesuffix(".rows")].rows)
-        assert torch.equal(one, loaded.tensors[name.removesuffix(".rows")].rows)
+        tensor, _, kind = name.rpartition(".")
+        assert torch.equal(one, getattr(estimate.tensors[tensor], kind))
+        assert torch.equal(one, getattr(loaded.tensors[tensor], kind))
 
 
 def test_a_description_is_json_with_the_numbers_of_every_tensor(estimate: FisherEstimate) -> None:
@@ -289,6 +290,7 @@ def test_a_description_is_json_with_the_numbers_of_every_tensor(estimate: Fisher
         "mean": estimate.tensors["lm_head.weight"].mean,
         "elements": 256 * 64,
         "cross": estimate.tensors["lm_head.weight"].cross,
+        "scale": estimate.tensors["lm_head.weight"].scale,
     }
 
 

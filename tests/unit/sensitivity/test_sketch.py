@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.sensitivity.collector import Collector
-from core.sensitivity.sketch import WIDTH, Sketch, matrix_sum, table_sum
+from core.sensitivity.sketch import WIDTH, Sketch, matrix_sum, scale_sums, table_scale_sums, table_sum
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "fisher.json").read_text())
 
@@ -83,3 +83,52 @@ def test_without_seeds_or_where_sequences_cannot_be_told_apart_the_factor_is_one
     layer = nn.Linear(6, 3, bias=False)
     assert cross_of(layer, random(2, 5, 6), random(2, 5, 3), None) == 1
     assert cross_of(layer, random(10, 6), random(10, 3), [1, 2]) == 1
+
+
+def scores_of_scales(x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By autograd: squared gradients of a factor on each row and on the whole of a weight, summed over sequences."""
+    rows, whole = torch.zeros(len(weight)), torch.zeros(())
+    for inputs, gradient in zip(x, g, strict=True):
+        row = torch.ones(len(weight), requires_grad=True)
+        factor = torch.ones((), requires_grad=True)
+        torch.autograd.backward([inputs @ (weight * row[:, None] * factor).T], [gradient])
+        assert row.grad is not None
+        assert factor.grad is not None
+        rows, whole = rows + row.grad.square(), whole + factor.grad.square()
+    return rows, whole
+
+
+def test_the_sums_of_scales_are_the_squared_gradients_of_factors() -> None:
+    x, weight, g = random(3, 9, 6), random(4, 6, seed=1), random(3, 9, 4, seed=2)
+    rows, whole = scale_sums(g, x @ weight.T)
+    expected = scores_of_scales(x, weight, g)
+    torch.testing.assert_close(rows.float(), expected[0])
+    torch.testing.assert_close(whole.float(), expected[1])
+    each, together = scale_sums(g, x @ weight.T, alone=True)
+    expected = scores_of_scales(x.reshape(-1, 1, 6), weight, g.reshape(-1, 1, 4))
+    torch.testing.assert_close(each.float(), expected[0])
+    torch.testing.assert_close(together.float(), expected[1])
+
+
+def test_the_sums_of_an_embeddings_scales_are_the_squared_gradients_of_factors() -> None:
+    weight, ids, g = random(5, 3), torch.tensor([[0, 2, 2, 4], [1, 1, 1, 2]]), random(2, 4, 3, seed=3)
+    rows, whole = table_scale_sums(g, weight[ids], ids, 5)
+    one_hot = torch.nn.functional.one_hot(ids, 5).float()
+    # y = one_hot W, so W has the tokens as its rows where a linear layer has its outputs: factors act on the inputs
+    scores = torch.einsum("btv,btm,vm->bv", one_hot, g, weight)
+    torch.testing.assert_close(rows.float(), scores.square().sum(0))
+    torch.testing.assert_close(whole.float(), scores.sum(1).square().sum())
+
+
+def test_a_bias_is_not_scaled() -> None:
+    plain, biased = nn.Linear(6, 4, bias=False), nn.Linear(6, 4)
+    biased.weight.data.copy_(plain.weight.data)
+    x, g = random(2, 5, 6), random(2, 5, 4, seed=1)
+    found = []
+    for layer in (plain, biased):
+        with Collector(layer) as collector:
+            with collector.batch(0, 2, [1, 2]):
+                torch.autograd.backward([layer(x)], [g])
+            found.append(dict(collector.results())["weight"])
+    torch.testing.assert_close(found[0].row_scales, found[1].row_scales)
+    assert found[0].scale == pytest.approx(found[1].scale, rel=1e-5)
