@@ -204,7 +204,7 @@ class TestWhenItIsSubmitted:
     ) -> None:
         found = house.checkpoints.get(OWNER, self.uploaded(house, tiny_checkpoint, missing))
         assert any(missing in entry["why"] for entry in found.inspection["unsupported"])
-        index = house.checkpoints.index(found.files)  # type: ignore[arg-type]
+        index = house.checkpoints.index(found.files)
         with pytest.raises(MissingFile) as refused:
             preflight(index, load_recipe(MEASURED))
         assert refused.value.where == missing
@@ -215,7 +215,7 @@ class TestWhenItIsSubmitted:
         self, house: House, tiny_checkpoint: Path
     ) -> None:
         found = house.checkpoints.get(OWNER, self.uploaded(house, tiny_checkpoint))
-        index = house.checkpoints.index(found.files)  # type: ignore[arg-type]
+        index = house.checkpoints.index(found.files)
         with pytest.raises(
             InfeasibleTarget, match=r"1\.5 cannot be reached: .* [2-4]\.\d+ bits per parameter"
         ) as refused:
