@@ -28,7 +28,7 @@ _TILE_ELEMENTS = 1 << 20  # of logits worked on at a time: they stay in the cach
 _BATCH_TOKENS = 2048
 _BATCH_ELEMENTS = 1 << 26  # of logits held at a time, per network, unless one sequence has more
 _HEAD_ROWS = 1 << 14
-_SERIES_BELOW = 0.05
+_SERIES_BELOW = {torch.float32: 0.05, torch.float64: 1e-3}  # where its first missing term is below the dtype's eps
 _SAFE_DIFFERENCE = 80.0
 
 
@@ -90,14 +90,15 @@ def _centred_kl(p_logits: torch.Tensor, difference: torch.Tensor) -> tuple[torch
     centred = difference - (p * difference).sum(-1, keepdim=True)
     largest = centred.abs().amax(-1)
     plain = ~(largest <= _SAFE_DIFFERENCE)
-    kl = (p * _excess(centred, bool((largest < _SERIES_BELOW).all()))).sum(-1, dtype=torch.float64).log1p()
+    all_small = bool((largest < _SERIES_BELOW[centred.dtype]).all())
+    kl = (p * _excess(centred, all_small)).sum(-1, dtype=torch.float64).log1p()
     return kl, plain
 
 
 def _excess(x: torch.Tensor, all_small: bool) -> torch.Tensor:
-    """e^x - 1 - x; by a series for |x| < 0.05, where expm1(x) - x cancels."""
+    """e^x - 1 - x; by a series for small |x|, where expm1(x) - x cancels."""
     series = x.square() * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120)))
-    return series if all_small else torch.where(x.abs() < _SERIES_BELOW, series, x.expm1() - x)
+    return series if all_small else torch.where(x.abs() < _SERIES_BELOW[x.dtype], series, x.expm1() - x)
 
 
 def _plain_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
