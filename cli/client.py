@@ -20,7 +20,7 @@ import httpx
 
 from core.clock import monotonic
 from core.config import Settings
-from core.errors import BitmillError, DigestMismatch, ErrorClass, OutOfDisk
+from core.errors import BitmillError, DigestMismatch, ErrorClass, OutOfDisk, Unauthenticated
 
 _AGAIN = {429, 502, 503, 504}
 _TERMINAL = {"succeeded", "failed", "cancelled", "expired"}
@@ -66,9 +66,11 @@ def find_connection(url: str | None, key: str | None, data_dir: Path | None) -> 
     folder = data_dir or Settings().data_dir
     settings = Settings()
     usual = f"http://{settings.host}:{settings.port}"
+    chosen = key or os.environ.get("BITMILL_KEY") or _first_line(folder / "key") or ""
+    if not chosen.isascii() or not chosen.isprintable():
+        raise Unauthenticated("the key holds characters that no key has", where="--key")
     return Connection(
-        (url or os.environ.get("BITMILL_URL") or _first_line(folder / "url") or usual).rstrip("/"),
-        key or os.environ.get("BITMILL_KEY") or _first_line(folder / "key") or "",
+        (url or os.environ.get("BITMILL_URL") or _first_line(folder / "url") or usual).rstrip("/"), chosen
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import InvalidCheckpoint, MissingFile, UserError
+from core.errors import InvalidCheckpoint, InvalidFormat, MissingFile, UserError
 
 if TYPE_CHECKING:
     from core.recipe.recipe import Recipe
@@ -23,19 +23,21 @@ Json = dict[str, Any]
 Progress = Callable[[float, str], None]
 Matrix = NDArray[np.float32]
 
+MAX_SAMPLES = 1 << 32
+
 
 def quantise(source: Path, recipe: Recipe, out: Path, device: str, progress: Progress) -> Json:
     """Run the whole pipeline here; the report of the artefact that is now in `out`."""
     from core.pipeline.local import run_recipe
 
-    return run_recipe(_folder(source), recipe, out, device=device, progress=progress)
+    return run_recipe(_folder(source), recipe, out, device=_device(device), progress=progress)
 
 
 def plan(source: Path, recipe: Recipe, device: str, progress: Progress) -> Json:
     """The allocation that a recipe leads to; no weights are written."""
     from core.pipeline.local import plan as plan_recipe
 
-    return plan_recipe(_folder(source), recipe, device=device, progress=progress)
+    return plan_recipe(_folder(source), recipe, device=_device(device), progress=progress)
 
 
 def inspect(path: Path) -> Json:
@@ -64,7 +66,7 @@ def evaluate(
         text,
         sequences=sequences,
         sequence_length=length,
-        device=device,
+        device=_device(device),
         progress=progress,
     )
 
@@ -98,15 +100,16 @@ def _degrees(text: str) -> float:
         nu = float(text)
     except ValueError:
         nu = 0.0
-    if nu <= 2:
-        raise UserError("student_t needs NU > 2 to have a variance", where=f"student_t:{text}")
+    if not 2 < nu < np.inf:
+        raise UserError("student_t needs a finite NU > 2 to have a variance", where=f"student_t:{text}")
     return nu
 
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition(",")
-    if not (rows.strip().isdigit() and columns.strip().isdigit() and int(rows) and int(columns)):
-        raise UserError("a shape is two positive numbers", where=f"--shape {text}", hint="--shape 512,4096")
+    if not (rows.strip().isdecimal() and columns.strip().isdecimal() and 0 < int(rows) * int(columns) <= MAX_SAMPLES):
+        hint = f"--shape 512,4096; at most {MAX_SAMPLES} elements"
+        raise UserError("a shape is two positive numbers", where=f"--shape {text[:80]}", hint=hint)
     return int(rows), int(columns)
 
 
@@ -115,8 +118,10 @@ def _array(path: Path) -> Matrix:
         values = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise MissingFile("no such file", where=str(path)) from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"not an array: {error}", where=str(path)) from None
+    if not isinstance(values, np.ndarray) or not values.size:
+        raise UserError("holds no single array with elements", where=str(path), hint="a 2-D float32 array")
     if values.ndim != 2 or values.dtype != np.float32:
         raise UserError(f"holds {values.dtype} of shape {values.shape}", where=str(path), hint="a 2-D float32 array")
     return np.asarray(values, dtype=np.float32)
@@ -152,10 +157,12 @@ def measure_layer(rounding: str, text: str, layer: Path, bits: float | None) -> 
     import torch
 
     from core.recipe.rounding import RoundingSpec
-    from core.recipe.tensor_format import parse
+    from core.recipe.tensor_format import MAX_BITS, parse
     from core.rounding.base import round_tensor
 
     weight, covariance = read_layer(layer)
+    if bits is not None and not 1 <= bits <= MAX_BITS:
+        raise InvalidFormat(f"{bits:g} bits", where="--bits", hint=f"1 to {MAX_BITS} bits")
     chosen: TensorFormat = parse(text) if bits is None else parse(text).with_bits(bits)
     encoded = round_tensor(torch.from_numpy(weight), chosen, RoundingSpec(name=rounding), sensitivity=None, seed=0)
     error = weight.astype(np.float64) - encoded.decode().double().numpy()
@@ -189,6 +196,8 @@ def read_layer(path: Path) -> tuple[Matrix, NDArray[np.float64]]:
     covariance = read_tensor(index, "covariance").double().numpy()
     if weight.ndim != 2 or covariance.shape != (weight.shape[1], weight.shape[1]):
         raise InvalidCheckpoint(f"shapes {weight.shape} and {covariance.shape} do not fit", where=str(path))
+    if not weight.size or not np.isfinite(covariance).all():
+        raise InvalidCheckpoint("an empty weight, or a covariance that is not finite", where=str(path))
     return weight, (covariance + covariance.T) / 2
 
 
@@ -222,6 +231,17 @@ def rate_at(variances: NDArray[np.float64], distortion: float) -> float:
     if level <= 0:
         return float("inf")
     return float(np.mean(0.5 * np.log2(np.maximum(1.0, ordered / level))))
+
+
+def _device(name: str) -> str:
+    """The device that `--device` names; UserError for one that this machine does not have."""
+    import torch
+
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(f"no device {name!r}", where="--device", hint="cpu, cuda or auto")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device that torch can use", where="--device", hint="cpu or auto")
+    return name
 
 
 def _folder(path: Path) -> Path:

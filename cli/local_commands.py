@@ -149,7 +149,7 @@ def measure_format(
     distribution: Annotated[
         str, typer.Option("--distribution", help="normal, laplace or student_t:NU, of unit variance.")
     ] = "normal",
-    samples: Annotated[int, typer.Option("--samples", min=1)] = 1 << 20,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=1 << 32)] = 1 << 20,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     shape: Annotated[str | None, typer.Option("--shape", help="Rows and columns of the tensor.", metavar="R,C")] = None,
     data: Annotated[

@@ -5,7 +5,10 @@ Starting it imports neither torch nor the service; each command imports what it 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 from typer.exceptions import Abort, TyperException
@@ -24,11 +27,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    del version  # the callback has done what it asks for
 
 
 _root.__doc__ = app.info.help
@@ -40,7 +51,15 @@ catalogue_commands.register(app)
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has asked for something else
+            signal.signal(number, _interrupt)
     sys.exit(run(given))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Being asked to stop is like Ctrl-C: what is half written is removed on the way out."""
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:
@@ -57,6 +76,13 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, Abort):
         output.say("interrupted")
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return output.FAILED
+    except Exception as error:  # noqa: BLE001 - whatever else happens is told like every other error
+        named = output.named(error)
+        output.report_error(named, as_json=as_json)
+        return output.exit_code(named)
     return code if isinstance(code, int) else output.DONE
 
 

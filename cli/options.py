@@ -37,6 +37,6 @@ def overrides(settings: list[str] | None) -> dict[str, Any]:
             raise InvalidRecipe("--set takes KEY=VALUE", where=setting)
         try:
             found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InvalidRecipe(f"the value is not YAML: {error}", where=setting) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InvalidRecipe(f"the value is not YAML: {error}", where=setting[:200]) from None
     return found

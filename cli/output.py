@@ -6,12 +6,14 @@ place and hint, or with `--json` into `{"error": {...}}` on stdout.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from core.errors import BitmillError, ErrorClass, GateFailed
+from core.errors import BitmillError, ErrorClass, GateFailed, OutOfDisk, OutOfMemory, UserError
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -32,6 +34,18 @@ def exit_code(error: BitmillError) -> int:
     """2 when the request was wrong, 1 when it was understood and the work failed."""
     kind = error.to_dict()["class"]
     return WRONG if kind == ErrorClass.USER and not isinstance(error, GateFailed) else FAILED
+
+
+def named(error: Exception) -> BitmillError:
+    """An exception that nobody has named: what the system refused, or a defect of ours, whose traceback is shown."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfDisk("the disk is full", where=str(error.filename or ""), hint="free disk space")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(str(error.strerror).lower(), where=str(error.filename))
+    if isinstance(error, MemoryError):
+        return OutOfMemory(f"the host has too little memory: {error}"[:500])
+    traceback.print_exception(error)
+    return BitmillError(f"{type(error).__name__}: {error}"[:1000], hint="a defect of Bitmill: please report it")
 
 
 def report_error(error: BitmillError, *, as_json: bool) -> None:

@@ -170,10 +170,11 @@ class Stack:
         self._lock = handle
 
     def _release(self) -> None:
+        if self._lock is None:
+            return  # the folder is another one's, and so is what lies in it
         (self.data_dir / "url").unlink(missing_ok=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        os.close(self._lock)
+        self._lock = None
 
     def _environment(self) -> dict[str, str]:
         roots = self.settings.allowed_roots or default_roots()

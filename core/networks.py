@@ -236,7 +236,8 @@ def _check_causal(index: CheckpointIndex, network: nn.Module, device: str) -> No
         raise
     except Exception as error:  # a kernel that is not installed, a config that only the forward pass contradicts
         raise _unsupported(index, f"its forward pass fails: {_first_line(error)}") from error
-    if (first - second).abs().max() > 0.01 * first.abs().max():
+    noise = 1e-4 if next(network.parameters()).dtype == torch.float32 else 1e-2  # of kernels, relative to the largest
+    if (first - second).abs().max() > noise * first.abs().max():
         raise _unsupported(index, "it attends to later tokens too")
 
 

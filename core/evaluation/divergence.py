@@ -231,13 +231,18 @@ def _metrics(parts: list[_Compared], length: int) -> Metrics:
         kl_median=_quantile(kl, 0.5),
         kl_p99=_quantile(kl, 0.99),
         top1_agreement=float(torch.cat([part.agrees for part in parts]).double().mean()),
-        perplexity=float(torch.cat([part.loss for part in parts]).mean().exp()),
-        reference_perplexity=float(torch.cat([part.reference_loss for part in parts]).mean().exp()),
+        perplexity=_perplexity(torch.cat([part.loss for part in parts])),
+        reference_perplexity=_perplexity(torch.cat([part.reference_loss for part in parts])),
         sequences=count,
         tokens=kl.numel(),
         sequence_length=length,
         per_sequence=tuple(per_sequence.tolist()),
     )
+
+
+def _perplexity(loss: torch.Tensor) -> float:
+    """e to the mean loss in nats, and never more than e^709: beyond that fp64 ends, and JSON has no infinity."""
+    return float(loss.mean().clamp(max=709.0).exp())
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from core.errors import BitmillError, InvalidCheckpoint
+from core.errors import BitmillError, InvalidCheckpoint, UserError
 from core.exports.layout import KEEP, LAYOUT_VERSION, StoredTensor, stored_tensor
 from core.recipe.tensor_format import parse
 from core.storage.checkpoint import CheckpointIndex
@@ -59,11 +59,18 @@ class Artefact:
         return self.tensors[name].format == KEEP
 
     def decode(self, name: str, dtype: str | None = None) -> torch.Tensor:
-        """The tensor in its shape, in the given safetensors dtype or the one that it had in the checkpoint."""
-        wanted = TORCH_DTYPES[dtype or self.tensors[name].dtype]
-        if self.is_kept(name):
-            return read_tensor(self.index, name).to(wanted)
-        return self.encoded(name).decode().to(wanted)
+        """The tensor in its shape, in the given safetensors dtype or the one that it had in the checkpoint.
+
+        What rounding carried beyond the end of the tensor's own dtype is put at that end; UserError when another dtype
+        cannot hold the values.
+        """
+        own = TORCH_DTYPES[self.tensors[name].dtype]
+        wanted = TORCH_DTYPES[dtype] if dtype else own
+        kept = self.is_kept(name)
+        values = read_tensor(self.index, name) if kept else _clamped(self.encoded(name).decode(), own)
+        if wanted.is_floating_point and wanted != own:
+            _require_range(values, wanted, name)
+        return values.to(wanted)
 
     def as_checkpoint(self) -> CheckpointIndex:
         """The decoded tensors' names, dtypes and shapes, for what builds a network; its bytes cannot be read."""
@@ -80,6 +87,20 @@ class Artefact:
         stored = self.tensors[name]
         entry = TensorEntry(name, stored.dtype, stored.shape, 0, 0)
         return TensorEntry(name, stored.dtype, stored.shape, 0, entry.elements * DTYPE_BITS[stored.dtype] // 8)
+
+
+def _clamped(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values within the finite range of a dtype, in place."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp_(-limit, limit)
+
+
+def _require_range(values: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    finite = values[values.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    if largest > torch.finfo(dtype).max:
+        known = str(dtype).removeprefix("torch.")
+        raise UserError(f"holds {largest:g}, which {known} cannot", where=name, hint="a wider --dtype, such as fp32")
 
 
 def inspect_artefact(index: CheckpointIndex) -> dict[str, Any]:

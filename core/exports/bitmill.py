@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,7 +26,13 @@ CONFIG, CARD, MANIFEST, REPORT, SUMS = "config.json", "README.md", "manifest.jso
 OURS = (CONFIG, CARD, MANIFEST, REPORT, SUMS)
 
 
-_BESIDE = {name: f"{PurePosixPath(name).stem}.source{PurePosixPath(name).suffix}" for name in OURS if name != CONFIG}
+_ASIDE = re.compile(
+    "|".join(
+        rf"({re.escape(PurePosixPath(name).stem)})((?:\.source)*)({re.escape(PurePosixPath(name).suffix)})"
+        for name in OURS
+        if name != CONFIG
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -47,20 +54,31 @@ def copied_files(source: Iterable[FileEntry]) -> dict[str, FileEntry]:
     for entry in source:
         if entry.path == CONFIG or is_weight_file(entry.path):
             continue
-        copied[_BESIDE.get(entry.path, entry.path)] = entry
+        copied[_set_aside(entry.path)] = entry
     return copied
+
+
+def _set_aside(path: str) -> str:
+    """`README.md` as `README.source.md`, and that as `README.source.source.md`: no two files meet under one name."""
+    if not (found := _ASIDE.fullmatch(path)):
+        return path
+    stem, more, suffix = (part for part in found.groups() if part is not None)
+    return f"{stem}{more}.source{suffix}"
 
 
 def original_name(path: str) -> str | None:
     """The name in the source of a file that was copied to an export; None for one that is ours."""
-    beside = {ours: theirs for theirs, ours in _BESIDE.items()}
-    return None if path in OURS else beside.get(path, path)
+    found = _ASIDE.fullmatch(path)
+    if not found:
+        return None if path == CONFIG else path
+    stem, more, suffix = (part for part in found.groups() if part is not None)
+    return f"{stem}{more.removesuffix('.source')}{suffix}" if more else None
 
 
 def documents(evidence: Evidence, stored: dict[str, FileEntry]) -> dict[str, bytes]:
     """Our own files by name; `stored` are the other files of the export, which the manifest and the digests cover."""
     texts = {
-        CONFIG: _json(export_config(evidence.config, evidence.report), sort=False),
+        CONFIG: _json(export_config(evidence.config, evidence.report), theirs=True),
         REPORT: _json(evidence.report),
         CARD: model_card(evidence.report, evidence.recipe, evidence.source_card, evidence.config).encode(),
     }
@@ -121,6 +139,9 @@ def _digest(data: bytes) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def _json(value: dict[str, Any], *, sort: bool = True) -> bytes:
-    """Sorted where values may have come through a database, which keeps no order of keys."""
-    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def _json(value: dict[str, Any], *, theirs: bool = False) -> bytes:
+    """Sorted where values may have come through a database, which keeps no order of keys.
+
+    `theirs`: in the source's order, with the infinities that some architectures write into their configs.
+    """
+    return (json.dumps(value, indent=2, sort_keys=not theirs, ensure_ascii=False, allow_nan=theirs) + "\n").encode()

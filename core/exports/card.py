@@ -21,7 +21,7 @@ def source_front_matter(text: str) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none, and the like
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -41,7 +41,9 @@ def front_matter(source_card: str, config: dict[str, Any]) -> dict[str, Any]:
 def model_card(report: dict[str, Any], recipe: dict[str, Any], source_card: str, config: dict[str, Any]) -> str:
     """README.md: what this is, its numbers, how it was made and how to read it."""
     matter = yaml.safe_dump(front_matter(source_card, config), sort_keys=True, allow_unicode=True)
-    architecture = (config.get("architectures") or [config.get("model_type") or "a checkpoint"])[0]
+    stated = config.get("architectures")
+    named = stated[0] if isinstance(stated, list) and stated else None
+    architecture = named or config.get("model_type") or "a checkpoint"
     lines = [
         f"---\n{matter}---",
         f"# {architecture}, quantised by Bitmill",

@@ -18,7 +18,7 @@ from core.errors import InvalidCheckpoint
 from core.ids import canonical_json
 from core.recipe.tensor_format import parse
 from core.storage.checkpoint import CheckpointIndex
-from core.storage.safetensors_header import TensorEntry
+from core.storage.safetensors_header import MAX_NAME_BYTES, TensorEntry
 from core.tensors.encoded import EncodedTensor
 from core.tensors.writer import Part, planned_bytes
 
@@ -120,4 +120,8 @@ def _check_names(tensors: list[StoredTensor]) -> None:
         for part in tensor.parts:
             if part.name in seen:
                 raise InvalidCheckpoint("a tensor of the checkpoint has the name of an encoded part", where=part.name)
+            if len(part.name.encode()) > MAX_NAME_BYTES:
+                raise InvalidCheckpoint(
+                    f"with what its parts add the name is longer than {MAX_NAME_BYTES} bytes", where=tensor.name[:80]
+                )
             seen.add(part.name)

@@ -53,7 +53,7 @@ class HubSource(Request):
     """A hub repository at a revision."""
 
     kind: Literal["hf"] = "hf"
-    repo: Annotated[str, StringConstraints(pattern=r"^[\w.\-]{1,96}/[\w.\-]{1,96}$")]
+    repo: Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]{0,95}/\w[\w.\-]{0,95}$")]
     revision: Annotated[str, StringConstraints(pattern=r"^[\w.\-/]{1,128}$")] = "main"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class _Job:
     calibration: dict[str, Any]
     rounding: RoundingSpec
     seed: int
+    unmatched: tuple[str, ...]
 
     @classmethod
     def of(cls, request: StepRequest, ctx: StepContext) -> _Job:
@@ -137,6 +139,7 @@ class _Job:
             calibration=params["calibration"] or {},
             rounding=RoundingSpec.model_validate(params["rounding"]),
             seed=request.seed,
+            unmatched=tuple(one.match for one in overrides if not any(fnmatchcase(n, one.match) for n in source.names)),
         )
 
     def plan(self) -> Plan:
@@ -196,7 +199,10 @@ class _Job:
             predicted_bytes=size,
             predicted_bits_per_param=rounded(self.sizes.bits(size)),
             predicted_kl=rounded(self.forecast.total(_encoded(choice))) if self.forecast else None,
-            warnings=tuple(warnings(self.sizes.space, formats, self.forecast, by_fisher=self.is_fisher)),
+            warnings=(
+                *(f"the override {match} matches no tensor" for match in self.unmatched),
+                *warnings(self.sizes.space, formats, self.forecast, by_fisher=self.is_fisher),
+            ),
             rounds=tuple({"bits_per_param": rounded(one.bits), "kl": rounded(one.kl)} for one in rounds),
         )
 

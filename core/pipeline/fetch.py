@@ -122,7 +122,12 @@ def _store(entries: list[FileEntry], paths: Mapping[str, Path], ctx: StepContext
 def _from_hub(ctx: StepContext, repo: str, revision: str = "main") -> StepOutput:
     """A repository of the hub at a revision, through its own client; other weight formats are not downloaded."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     where = f"hf:{repo}@{revision}"
     try:
@@ -134,7 +139,7 @@ def _from_hub(ctx: StepContext, repo: str, revision: str = "main") -> StepOutput
         folder = Path(
             snapshot_download(repo, revision=info.sha, local_dir=ctx.scratch / "hub", allow_patterns=wanted or ["-"])
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise NotFound("no such repository or revision, or not a public one", where=where) from error
     except (HfHubHTTPError, OSError) as error:
         raise StoreUnavailable(f"the hub did not answer: {error}"[:500], where=where) from error

@@ -76,7 +76,7 @@ def run_recipe(
     index = open_folder(source)
     preflight(index, recipe)
     stamps = _stamps(index)
-    with fresh_folder(out) as target, _workplace(out.absolute().parent, device, progress, threads) as ctx:
+    with fresh_folder(out) as target, _workplace(target.parent, device, progress, threads) as ctx:
         require_disk(ctx.scratch, required_scratch_bytes(index, recipe), "this recipe")
         outputs = run_steps(source, recipe, ctx, kinds_of(recipe.canonical()))
         _require_unchanged(index, stamps)
@@ -244,8 +244,11 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes `out` in one step when the block ends in peace; else nothing is left."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("exists and is not an empty folder", where=str(out), hint="choose another --out")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+    out = out.resolve()  # a link is followed: what it leads to becomes the folder
+    if Path.cwd().is_relative_to(out):
+        raise UserError("is the working folder, or holds it", where=str(out), hint="choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:200]}.", suffix=".partial", dir=out.parent))
     try:
         yield partial
         partial.chmod(0o755)

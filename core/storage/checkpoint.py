@@ -26,7 +26,7 @@ _MAX_PATH_BYTES = 512
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".ot")
 _OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_INPUT_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_INPUT_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "embeddings.weight")
 _COMPARE_BYTES = 8 << 20
 
 
@@ -171,6 +171,7 @@ def _read_json(files: Mapping[str, ByteSource], path: str) -> dict[str, Any] | N
         raise InvalidCheckpoint(f"larger than {_MAX_JSON_BYTES} bytes", where=path)
     try:
         value = json.loads(files[path].read(0, files[path].size).decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could not be written again
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"not JSON: {error}", where=path) from error
     if not isinstance(value, dict):

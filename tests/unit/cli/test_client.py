@@ -269,3 +269,8 @@ class TestUpload:
     def test_a_folder_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(MissingFile):
             upload.collect(tmp_path / "nowhere")
+
+
+def test_a_key_that_no_header_can_hold_is_refused() -> None:
+    with pytest.raises(Unauthenticated):
+        find_connection("http://127.0.0.1:9", "clé", None)

@@ -93,3 +93,14 @@ def test_what_keeps_dying_is_started_again_ever_more_slowly(tmp_path: Path, monk
         now[0] += 0.1
     gaps = [round(later - earlier) for earlier, later in itertools.pairwise(starts)]
     assert gaps == [1, 2, 4, 8, 15, 15]
+
+
+def test_a_second_stack_on_a_folder_is_refused_and_leaves_the_url_of_the_first(tmp_path: Path) -> None:
+    first = _stack(tmp_path)
+    first._prepare()
+    (first.data_dir / "url").write_text("http://127.0.0.1:1")
+    with pytest.raises(Conflict), stack_module.running_stack(first.options, first.settings):
+        pass
+    assert (first.data_dir / "url").exists()
+    first.stop()
+    assert not (first.data_dir / "url").exists()

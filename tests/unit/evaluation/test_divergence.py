@@ -199,3 +199,8 @@ def test_a_candidate_that_answers_no_numbers_is_an_error_not_a_result() -> None:
         broken.head.weight[3, 2] = math.nan
     with pytest.raises(NonFiniteWeights):
         evaluate(Bigram(50, 8, 0), broken, windows(1, 8, 50), unheard)
+
+
+def test_a_perplexity_beyond_the_numbers_of_fp64_is_the_largest_that_can_be_written() -> None:
+    assert math.isfinite(divergence._perplexity(torch.full((4,), 1e6, dtype=torch.float64)))
+    assert divergence._perplexity(torch.full((4,), 2.0, dtype=torch.float64)) == pytest.approx(math.exp(2))

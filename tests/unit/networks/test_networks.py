@@ -216,6 +216,15 @@ def test_an_encoder_under_the_name_of_a_language_model_is_found_out_by_what_it_a
         loaded(tmp_path)
 
 
+def test_an_encoder_of_small_weights_is_found_out_too(tmp_path: Path) -> None:
+    saved(tmp_path, "bert")
+    path = tmp_path / "model.safetensors"
+    small = {name: 0.1 * tensor if tensor.ndim > 1 else tensor for name, tensor in load_file(path).items()}
+    save_file(small, path)
+    with pytest.raises(UnsupportedArchitecture, match="later tokens"):
+        loaded(tmp_path)
+
+
 def test_a_checkpoint_without_a_config_lacks_a_file(llama: Path) -> None:
     (llama / "config.json").unlink()
     with pytest.raises(MissingFile) as refused:

@@ -305,3 +305,11 @@ def test_an_artefact_whose_description_lies_is_refused(
 def test_errors_are_ours(tmp_path: Path) -> None:
     with pytest.raises(BitmillError):
         local.inspect(tmp_path / "nowhere")
+
+
+def test_an_override_that_matches_nothing_is_said(llama: Path, tmp_path: Path) -> None:
+    overrides = [{"match": "nobody.*", "min_bits": 4}, {"match": "lm_head.weight", "keep": True}]
+    report = local.run_recipe(llama, recipe(overrides=overrides, target={"bits_per_param": 9}), tmp_path / "out")
+    assert [warning for warning in report["warnings"] if "override" in warning] == [
+        "the override nobody.* matches no tensor"
+    ]

@@ -111,6 +111,14 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@pytest.mark.parametrize(
+    "table", [TABLE, "transformer.wte.weight", "gpt_neox.embed_in.weight", "backbone.embeddings.weight"]
+)
+def test_a_language_model_without_a_head_is_tied_whatever_its_table_is_called(table: str, tmp_path: Path) -> None:
+    found = open_folder(write(tmp_path / "a", {table: torch.randn(6, 4)}, architectures=["XForCausalLM"]))
+    assert found.ties == ((table, HEAD),)
+
+
 def test_a_tied_head_counts_once_whether_or_not_the_files_hold_a_copy(tmp_path: Path) -> None:
     table = torch.randn(6, 4)
     without = open_folder(write(tmp_path / "a", {TABLE: table}, tie_word_embeddings=True))
