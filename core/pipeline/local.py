@@ -76,7 +76,7 @@ def run_recipe(
     index = open_folder(source)
     preflight(index, recipe)
     stamps = _stamps(index)
-    with fresh_folder(out) as target, _workplace(target.parent, device, progress, threads) as ctx:
+    with fresh_folder(out) as target, _surroundings(target.parent, device, progress, threads) as ctx:
         require_disk(ctx.scratch, required_scratch_bytes(index, recipe), "this recipe")
         outputs = run_steps(source, recipe, ctx, kinds_of(recipe.canonical()))
         _require_unchanged(index, stamps)
@@ -94,7 +94,7 @@ def plan(
     index = open_folder(source)
     preflight(index, recipe)
     kinds = tuple(kind for kind in kinds_of(recipe.canonical()) if kind in ("fetch", "calibrate", "allocate"))
-    with _workplace(Path(tempfile.gettempdir()), device, progress, threads) as ctx:
+    with _surroundings(Path(tempfile.gettempdir()), device, progress, threads) as ctx:
         started = monotonic()
         outputs = run_steps(source, recipe, ctx, kinds)
         seconds = monotonic() - started
@@ -226,7 +226,7 @@ def _named(ctx: StepContext, kind: str) -> StepContext:
 
 
 @contextmanager
-def _workplace(beside: Path, device: str, progress: Progress | None, threads: int) -> Iterator[StepContext]:
+def _surroundings(beside: Path, device: str, progress: Progress | None, threads: int) -> Iterator[StepContext]:
     """A context whose store and scratch lie in a temporary folder, removed at the end whatever happened."""
     with tempfile.TemporaryDirectory(prefix=".bitmill-", dir=beside) as work:
         scratch = Path(work) / "scratch"
