@@ -195,7 +195,7 @@ def files_of(upload: Upload) -> list[FileEntry]:
 
 
 def discard_parts(store: ObjectStore, upload_id: str) -> None:
-    """Remove the objects of an upload's parts; what cannot be removed now is the sweeper's."""
+    """Remove the objects of an upload's parts; what cannot be removed stays, and the log says so."""
     try:
         for key, _ in list(store.list(f"uploads/{upload_id}/")):
             store.delete(key)

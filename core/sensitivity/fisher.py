@@ -132,11 +132,6 @@ class FisherEstimate:
             raise InvalidCheckpoint("not a Fisher estimate", where=next(iter(index.headers), "")) from error
 
 
-def load_fisher(path: Path) -> FisherEstimate:
-    """See `FisherEstimate.load`."""
-    return FisherEstimate.load(path)
-
-
 def describe(estimate: FisherEstimate) -> dict[str, Any]:
     """{positions, estimator, halves_bits, tensors: {name: {sum, mean, elements, cross, scale}}, not_reached: {..}}."""
     return {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from core.storage.inspection import QUANTISABLE
+
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -25,4 +27,4 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # What a tensor may be stored in to be quantised; other dtypes are kept byte for byte.
-FLOATING = ("F16", "BF16", "F32", "F64")
+FLOATING = QUANTISABLE

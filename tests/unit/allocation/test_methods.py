@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from core.allocation import forecast as forecast_module
 from core.allocation.fisher import Fisher
-from core.allocation.forecast import Evidence, Forecast, grouping_cost_bits, predicted_kl
+from core.allocation.forecast import Evidence, Forecast, Scales, grouping_cost_bits, predicted_kl
 from core.allocation.heuristic import heuristic, outer_groups
 from core.allocation.sizes import Sizes
 from core.allocation.space import Group, Space
@@ -296,3 +296,18 @@ def test_the_choice_is_the_best_of_all_for_a_few_groups(index: CheckpointIndex, 
     every = (dict(zip(names, texts, strict=True)) for texts in itertools.product(*(group.formats for group in few)))
     fitting = [formats for formats in every if sizes.exact(formats) <= budget - 16]
     assert chosen <= min(method.forecast.total(_encoded(small, formats)) for formats in fitting)
+
+
+def test_the_common_part_of_a_rows_error_costs_what_a_factor_costs() -> None:
+    """½ (m² S + Σ r_o² S_o) + ½ Σ F_o e_o, written out from the decoded tensor."""
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    fisher, scales = np.linspace(1, 2, 6), Scales(7.0, np.linspace(3, 1, 6))
+    w = weight.double().numpy()
+    decoded = encode_nearest(weight, parse("t7_3@64:signmax")).decode().double().numpy()
+    shrunk = 1 - (decoded * w).sum(1) / (w * w).sum(1)
+    left = decoded - (1 - shrunk)[:, None] * w
+    expected = (shrunk.mean() ** 2 * 7.0 + (scales.rows * (shrunk - shrunk.mean()) ** 2).sum()) / 2
+    expected += (fisher * (left**2).mean(1)).sum() / 2
+    found = predicted_kl(weight, fisher, np.arange(6), "t7_3@64:signmax", scales)
+    assert found == pytest.approx(expected, rel=1e-8)
+    assert found != pytest.approx(predicted_kl(weight, fisher, np.arange(6), "t7_3@64:signmax"), rel=1e-3)

@@ -23,7 +23,6 @@ from core.sensitivity.fisher import (
     describe,
     estimate_fisher,
     inverse_cdf,
-    load_fisher,
     sampled_label_gradient,
 )
 from core.storage.checkpoint import CheckpointIndex
@@ -274,7 +273,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(llama: nn.Module) -> None:
 
 def test_the_file_gives_back_what_was_saved(estimate: FisherEstimate, tmp_path: Path) -> None:
     estimate.save(tmp_path / "fisher.safetensors")
-    loaded = load_fisher(tmp_path / "fisher.safetensors")
+    loaded = FisherEstimate.load(tmp_path / "fisher.safetensors")
     assert describe(loaded) == describe(estimate)
     for name, one in load_file(tmp_path / "fisher.safetensors").items():
         tensor, _, kind = name.rpartition(".")
@@ -298,7 +297,7 @@ def test_a_description_is_json_with_the_numbers_of_every_tensor(estimate: Fisher
 def test_a_file_that_is_no_estimate_is_refused(metadata: dict[str, str], tmp_path: Path) -> None:
     save_file({"a.rows": torch.ones(3)}, tmp_path / "x.safetensors", metadata)
     with pytest.raises(InvalidCheckpoint):
-        load_fisher(tmp_path / "x.safetensors")
+        FisherEstimate.load(tmp_path / "x.safetensors")
 
 
 def test_determinism_asked_for_elsewhere_is_left_as_it_was() -> None:

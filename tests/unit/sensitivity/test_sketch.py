@@ -121,9 +121,9 @@ def test_the_sums_of_an_embeddings_scales_are_the_squared_gradients_of_factors()
 
 
 def test_a_bias_is_not_scaled() -> None:
-    plain, biased = nn.Linear(6, 4, bias=False), nn.Linear(6, 4)
+    plain, biased = nn.Linear(6, 4, bias=False).double(), nn.Linear(6, 4).double()
     biased.weight.data.copy_(plain.weight.data)
-    x, g = random(2, 5, 6), random(2, 5, 4, seed=1)
+    x, g = random(2, 5, 6).double(), random(2, 5, 4, seed=1).double()
     found = []
     for layer in (plain, biased):
         with Collector(layer) as collector:
