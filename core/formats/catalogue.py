@@ -4,64 +4,131 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.formats.elements import ASSUMED_CHANNEL, element_table, root_density_families
-from core.formats.stored import SCALE_BITS, packed_bits
-from core.recipe.tensor_format import ALIASES, SCALE_FORMATS, TensorFormat, parse
+from core.errors import InvalidFormat
+from core.formats.block_types import BLOCK_TYPES
+from core.formats.elements import ASSUMED_CHANNEL, depends_on_block, element_table
+from core.formats.sparse_index import index_bytes, outlier_count
+from core.formats.stored import packed_bits, scale_bits
+from core.recipe.format_names import ALIASES, BLOCK_NAMES, FAMILIES, SCALE_FORMATS, STATISTICS
+from core.recipe.tensor_format import TensorFormat, parse
 
-_FAMILIES = (
-    ("int", "int4-asym@128", "integers: asym has 2^bits levels with a zero, sym is symmetric without one"),
-    ("float", "float4_e2m1@32:absmax:e8m0", "floating point with any exponent and mantissa bits, OCP conventions"),
-    ("normal", "normal4@64", "cube-root-density codebook for Normal weights"),
-    ("laplace", "laplace4@64", "cube-root-density codebook for Laplace weights"),
-    ("t", "t7_4@64:signmax", "cube-root-density codebook for Student-t weights with nu degrees of freedom"),
-    ("nf", "nf4@64", "the quantile codebook of QLoRA's rule"),
-)
+# family: (example, description)
+_FAMILIES = {
+    "int": ("int4-asym@128", "integers: asym with a zero, sym without, mx for shared exponents (BFP, OCP MX)"),
+    "float": ("float4_e2m1@32:absmax:e8m0", "floating point, OCP conventions; float4 fits the exponent bits to the data"),
+    "normal": ("normal4@64", "cube-root-density codebook for Normal weights; -opt: the block-scaled optimum"),
+    "laplace": ("laplace4@64", "cube-root-density codebook for Laplace weights; -opt: the block-scaled optimum"),
+    "t": ("t7_4@64:signmax", "cube-root-density codebook for Student-t weights; t_4 fits nu; -opt: the optimum"),
+    "nf": ("nf4@64", "NF4: the Normal's quantiles by QLoRA's rule"),
+    "sf": ("sf4@64", "SF4: Student-t quantiles by the same rule, nu 5 or -nu<number>"),
+    "af": ("af4-l1@64", "AF4: least absolute error of a normalised block; the published rule, or -l1 for the true optimum"),
+    "bof": ("bof4-s@64", "BOF4: least error of a block of Normal weights; -mae, and -s for the signed maximum"),
+    "lloyd": ("lloyd4@64", "Lloyd-Max codebook fitted to each tensor; -weighted by sensitivities"),
+    "power": ("power4@64", "powers of a uniform grid (PowerQuant, NUPES); power0.7_4 gives the exponent, power4 fits it"),
+}
+_OUTLIER_VALUE_BITS = 16
+_LONG = 1 << 24  # elements of the tensor that shares of outliers are counted on
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One entry per family and alias: name, kind, description, an example and the widths that an allocator tries."""
+    """One entry per family, alias and block type: name, kind, description, an example, widths that an allocator tries."""
     families = [
         {
             "name": name,
             "kind": "family",
-            "description": description,
-            "example": str(parse(example)),
-            "widths": list(parse(example).allowed_widths()),
-            "statistics": ["absmax", "signmax"] + ([] if name == "nf" else ["rms"]),
-            "scale_formats": list(SCALE_FORMATS),
+            "description": _FAMILIES[name][1],
+            "example": str(parse(_FAMILIES[name][0])),
+            "widths": list(parse(_FAMILIES[name][0]).allowed_widths()),
+            "statistics": _accepted(name, "statistic", STATISTICS),
+            "scale_formats": _accepted(name, "scale_format", SCALE_FORMATS),
         }
-        for name, example, description in _FAMILIES
+        for name in FAMILIES
     ]
     aliases = [
         {"name": name, "kind": "alias", "description": f"stands for {parse(text)}", "example": str(parse(text))}
         for name, text in ALIASES.items()
     ]
-    return families + aliases
+    blocks = [
+        {"name": name, "kind": "block", "description": _block_sentence(name), "example": name}
+        for name in BLOCK_NAMES
+        if name not in ALIASES
+    ]
+    return families + aliases + blocks
 
 
 def describe(fmt: TensorFormat) -> dict[str, Any]:
     """A format in numbers: codebook ascending for scale 1, bits of element, scale and stored parameter.
 
     Where only a tensor's shape tells how many weights share a scale, the codebook is that of `assumed_shared` weights
-    and `bits_per_param` leaves the scales out.
+    and `bits_per_param` leaves the scales out. Of what is fitted to each tensor the start is shown and `fitted` named.
     """
+    if fmt.is_block_type:
+        return _described_block(fmt)
     known = isinstance(fmt.granularity, int)
     shared = fmt.granularity if isinstance(fmt.granularity, int) else ASSUMED_CHANNEL
-    element = packed_bits(fmt.codes)
     described = {
         "format": str(fmt),
         "codebook": list(element_table(fmt, shared).values),
         "element_bits": fmt.element_bits,
-        "scale_bits": SCALE_BITS[fmt.scale_format],
+        "scale_bits": scale_bits(fmt),
         "block_size": fmt.granularity,
-        "bits_per_param": element + SCALE_BITS[fmt.scale_format] / shared if known else element,
+        "bits_per_param": packed_bits(fmt.codes) + (scale_bits(fmt) / shared if known else 0) + _outlier_bits(fmt),
         "description": _sentence(fmt),
     }
-    depends = not known and fmt.family in root_density_families() and fmt.statistic != "rms"
-    return described | ({"assumed_shared": shared} if depends else {})
+    described |= {"assumed_shared": shared} if not known and depends_on_block(fmt) else {}
+    fitted = "codebook" if fmt.family == "lloyd" else fmt.fitted
+    return described | ({"fitted": fitted} if fitted else {})
+
+
+def _described_block(fmt: TensorFormat) -> dict[str, Any]:
+    kind = BLOCK_TYPES[fmt.mode]
+    return {
+        "format": str(fmt),
+        "codebook": sorted(kind.levels),
+        "element_bits": kind.bits,
+        "scale_bits": 0.0,
+        "block_size": kind.elements,
+        "bits_per_param": kind.bits,
+        "description": _block_sentence(fmt.mode),
+    }
+
+
+def _outlier_bits(fmt: TensorFormat) -> float:
+    """Bits per parameter that outliers add to a long tensor; 0 where the data decide how many there are."""
+    rule, ratio = fmt.outlier_rule or ("", 0.0)
+    if rule != "outliers":
+        return 0.0
+    count = outlier_count(_LONG, ratio)
+    return (count * _OUTLIER_VALUE_BITS + 8 * index_bytes(_LONG, count)) / _LONG
+
+
+def _accepted(family: str, field: str, names: tuple[str, ...]) -> list[str]:
+    """The names with which an element of the family, plain or signed, makes a format."""
+    return [name for name in names if any(_exists(text) for text in _with_name(family, field, name))]
+
+
+def _with_name(family: str, field: str, name: str) -> list[str]:
+    elements = {"t": ["t7_4"], "float": ["float4_e2m1"], "bof": ["bof4", "bof4-s"], "int": ["int4", "int4-mx"]}
+    statistic, scale = (name, "bf16") if field == "statistic" else ("absmax", name)
+    scale = "e4m3" if name == "fouroversix" else scale
+    return [f"{element}@16:{statistic}:{scale}" for element in elements.get(family, [f"{family}4"])]
+
+
+def _exists(text: str) -> bool:
+    try:
+        parse(text)
+    except InvalidFormat:
+        return False
+    return True
 
 
 def _sentence(fmt: TensorFormat) -> str:
-    family = next(description for name, _, description in _FAMILIES if name == fmt.family)
     place = {"tensor": "per tensor", "channel": "per output row"}.get(str(fmt.granularity))
-    return f"{family}; one {fmt.scale_format} scale {place or f'per block of {fmt.granularity}'}, by {fmt.statistic}"
+    options = f"; with {', '.join(fmt.options)}" if fmt.options else ""
+    scale = f"one {fmt.scale_format} scale {place or f'per block of {fmt.granularity}'}, by {fmt.statistic}"
+    return f"{_FAMILIES[fmt.family][1]}; {scale}{options}"
+
+
+def _block_sentence(name: str) -> str:
+    kind = BLOCK_TYPES[name]
+    return f"blocks of {kind.elements} weights in {kind.nbytes} bytes with their own scales"

@@ -14,13 +14,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
 
+from core.errors import MethodNotAvailable
+from core.formats import sparse_index
+from core.formats.block_types import BLOCK_TYPES
 from core.recipe.tensor_format import TensorFormat
 
 _MAX_WIDTH = 7  # bytes of a group: its number fits a signed 64-bit integer
 _BYTE = 256
 
-SCALE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "e8m0": "U8"}
-SCALE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8}
+_SCALE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "e8m0": "U8", "e4m3": "F8_E4M3", "dq8": "U8"}
+_SCALE_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "e8m0": 8.0, "e4m3": 8.0}
+DOUBLE_BLOCK = 256  # scales that share a scale of their own under dq8
+
+
+def scale_dtype(fmt: TensorFormat) -> str:
+    """The safetensors dtype of stored scales."""
+    return _SCALE_DTYPES[fmt.scale_format.partition("-")[0]]
+
+
+def scale_bits(fmt: TensorFormat) -> float:
+    """Bits per scale of long tensors; constants of a whole tensor are left out."""
+    name = fmt.scale_format.partition("-")[0]
+    return 8 + 32 / DOUBLE_BLOCK if name == "dq8" else _SCALE_BITS[name]
 
 
 @dataclass(frozen=True)
@@ -110,15 +125,56 @@ def scale_shape(fmt: TensorFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (rows,)
 
 
-def stored_parts(fmt: TensorFormat, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def stored_parts(
+    fmt: TensorFormat, shape: tuple[int, ...], outliers: int | None = None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The parts of an encoded tensor: name -> (safetensors dtype, shape). Layout version 1.
 
-    `codes`: packed, U8. `scales`. `codebook`: the table of a codebook element, F32, from which alone it is decoded.
+    `codes`: packed, U8, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are multiplied with.
+    `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from which alone it is
+    decoded. `fitted`: the parameter that was fitted. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of a
+    random rotation. `outliers` is their number where the data decide it; MethodNotAvailable without it.
     """
+    if fmt.is_block_type:
+        return {"codes": ("U8", (_block_bytes(fmt, shape),))}
     parts: dict[str, tuple[str, tuple[int, ...]]] = {
         "codes": ("U8", (packed_bytes(fmt.codes, prod(shape)),)),
-        "scales": (SCALE_DTYPES[fmt.scale_format], scale_shape(fmt, shape)),
+        "scales": (scale_dtype(fmt), scale_shape(fmt, shape)),
     }
+    if fmt.scale_format == "e4m3":
+        parts["tensor_scale"] = ("F32", (1,))
+    if fmt.scale_format == "dq8":
+        parts["scale_offset"] = ("F32", (1,))
+        parts["scale_absmax"] = ("F32", (-(-prod(scale_shape(fmt, shape)) // DOUBLE_BLOCK),))
     if fmt.is_codebook:
-        parts["codebook"] = ("F32", (fmt.codes,))
+        parts["codebook"] = ("F32", (fmt.table_size,))
+    if fmt.fitted:
+        parts["fitted"] = ("F64", (1,))
+    if fmt.outlier_rule:
+        count = outlier_count(fmt, shape, outliers)
+        parts["outlier_values"] = ("BF16", (count,))
+        parts["outlier_index"] = ("U8", (sparse_index.index_bytes(prod(shape), count),))
+    if fmt.rotation == "rotate":
+        parts["seed"] = ("I64", (1,))
     return parts
+
+
+def outlier_count(fmt: TensorFormat, shape: tuple[int, ...], found: int | None = None) -> int:
+    """How many outliers a tensor of that shape has; `found` where the data decide it."""
+    rule, value = fmt.outlier_rule or ("outliers", 0.0)
+    if rule == "outliers":
+        return sparse_index.outlier_count(prod(shape), value)
+    if found is None:
+        raise MethodNotAvailable(
+            f"{rule} finds a number of outliers that only the data tell, and sizes are planned before",
+            where=str(fmt),
+            hint="outliers0.001 keeps a given share",
+        )
+    return found
+
+
+def _block_bytes(fmt: TensorFormat, shape: tuple[int, ...]) -> int:
+    """Bytes of a block type: whole blocks of every row."""
+    rows, columns = matrix_shape(shape)
+    kind = BLOCK_TYPES[fmt.mode]
+    return rows * -(-columns // kind.elements) * kind.nbytes

@@ -101,7 +101,13 @@ class Recipe(Part):
     @property
     def needs_calibration(self) -> bool:
         """Whether allocation cannot do without the calibration text."""
-        return self.allocation.name == "fisher" or self.target.kl is not None
+        return self.allocation.name == "fisher" or self.target.kl is not None or self.weighs_errors
+
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether a format is fitted by sensitivities."""
+        texts = [self.format, *(override.format for override in self.overrides if override.format)]
+        return any(parse(text).mode == "weighted" for text in texts)
 
     @property
     def tensor_format(self) -> TensorFormat:
@@ -198,6 +204,8 @@ def _missing_texts(recipe: Recipe) -> list[tuple[str, str, str]]:
         found.append(("allocation", "fisher needs calibration", "allocation: uniform, or give calibration"))
     if not recipe.calibration and recipe.target.kl is not None:
         found.append(("target.kl", "a KL target is measured on the calibration text", "give calibration"))
+    if not recipe.calibration and recipe.weighs_errors:
+        found.append(("format", "a weighted codebook needs calibration", "lloyd4 without mode, or give calibration"))
     if not recipe.evaluation and recipe.gate is not None:
         found.append(("gate", "a gate needs evaluation", "give evaluation, or leave the gate out"))
     return found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from core.formats.block_types import BLOCK_TYPES
 from core.formats.catalogue import catalogue, describe
-from core.formats.stored import SCALE_BITS, packed_bits
-from core.recipe.tensor_format import ALIASES, FAMILIES, parse
+from core.formats.stored import packed_bits, scale_bits
+from core.recipe.format_names import ALIASES, FAMILIES, SCALE_FORMATS, STATISTICS
+from core.recipe.tensor_format import parse
 
 
 def test_the_catalogue_has_every_family_and_alias_with_an_example_that_parses() -> None:
     entries = catalogue()
-    assert {entry["name"] for entry in entries} == {*FAMILIES, *ALIASES}
+    assert {entry["name"] for entry in entries} == {*FAMILIES, *ALIASES, *BLOCK_TYPES}
     for entry in entries:
         assert str(parse(entry["example"])) == entry["example"]
         assert entry["description"]
@@ -24,8 +26,48 @@ def test_a_format_is_described_in_numbers(entry: dict[str, str]) -> None:
     assert shown["format"] == str(fmt)
     assert shown["codebook"] == sorted(shown["codebook"])
     assert shown["block_size"] == fmt.granularity
-    assert shown["bits_per_param"] == packed_bits(fmt.codes) + SCALE_BITS[fmt.scale_format] / int(fmt.granularity)
     assert shown["element_bits"] == fmt.element_bits
+    if not fmt.is_block_type:
+        assert shown["bits_per_param"] == packed_bits(fmt.codes) + scale_bits(fmt) / int(fmt.granularity)
+
+
+def test_the_catalogue_says_which_statistics_and_scale_formats_a_family_takes() -> None:
+    entries = {entry["name"]: entry for entry in catalogue()}
+    assert entries["int"]["statistics"] == [name for name in STATISTICS if name != "fouroversix"]
+    assert entries["float"]["statistics"] == list(STATISTICS)
+    assert entries["float"]["scale_formats"] == list(SCALE_FORMATS)
+    assert entries["bof"]["statistics"] == ["absmax", "signmax", "search", "signmax-search"]
+    assert entries["af"]["statistics"] == ["absmax", "search"]
+    assert "e8m0-even" not in entries["nf"]["scale_formats"]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("t5_4@tensor:rms+outliers0.0009765625", 4 + 28 / 1024),
+        ("nf4@64:dq8", 4 + (8 + 32 / 256) / 64),
+        ("nvfp4", 4.5),
+        ("mxint8", 8.25),
+        ("q4_k", 4.5),
+        ("q6_k", 6.5625),
+    ],
+)
+def test_bits_per_parameter_count_scales_and_outliers(text: str, bits: float) -> None:
+    assert describe(parse(text))["bits_per_param"] == bits
+
+
+def test_what_is_fitted_is_named() -> None:
+    found = {
+        text: describe(parse(text)).get("fitted")
+        for text in ("t_4@64", "power4@64", "float4@64", "lloyd4@64", "nf4@64")
+    }
+    assert found == {
+        "t_4@64": "nu",
+        "power4@64": "alpha",
+        "float4@64": "exponent_bits",
+        "lloyd4@64": "codebook",
+        "nf4@64": None,
+    }
 
 
 def test_a_granularity_that_only_a_shape_makes_a_number_says_what_it_assumed() -> None:

@@ -11,16 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import InvalidFormat, MethodNotAvailable
-from core.recipe.tensor_format import (
+from core.recipe.format_names import (
     ALIASES,
+    BLOCK_NAMES,
     CODEBOOKS,
-    LATER_ALIASES,
     LATER_FAMILIES,
+    LATER_OPTIONS,
+    OPTIONS,
+    OUTLIER_RULES,
     SCALE_FORMATS,
     STATISTICS,
-    TensorFormat,
-    parse,
 )
+from core.recipe.tensor_format import TensorFormat, parse
 
 CONTRACT = [
     "int4@128",
@@ -37,7 +39,32 @@ CONTRACT = [
     "float4_e2m1@32:absmax:e8m0",
     "float6_e2m3@32",
     "t7_3@64:signmax:bf16",
+    "af4@64",
+    "af4-l1@64",
+    "bof4@64",
+    "bof4-mae@64",
+    "bof4-s@64",
+    "bof4-s-mae@64",
+    "sf4@64",
+    "sf4-nu4@64",
+    "lloyd4@64",
+    "power0.7_4@channel",
+    "power4@channel",
+    "t5_4@tensor:rms+outliers0.001",
+    "normal4@64+hadamard",
+    "nvfp4",
+    "mxint8",
+    "q4_0",
+    "q8_0",
 ]
+
+
+@st.composite
+def options(draw: st.DrawFn) -> str:
+    """An option of the grammar, numbers written in any way."""
+    name = draw(st.sampled_from(OPTIONS))
+    number = draw(st.floats(1e-6, 2).map(str) | st.sampled_from(["0.001", "0.950", "1e-3", "4", "0.5"]))
+    return f"{name}{number}" if name in OUTLIER_RULES else name
 
 
 @st.composite
@@ -47,18 +74,20 @@ def formats(draw: st.DrawFn) -> TensorFormat:
     fields: dict[str, Any] = {
         "family": family,
         "granularity": draw(st.sampled_from(["tensor", "channel"]) | st.integers(1, 1 << 20)),
-        "statistic": draw(st.sampled_from(STATISTICS)),
-        "scale_format": draw(st.sampled_from(SCALE_FORMATS)),
+        "statistic": draw(st.sampled_from(["", *STATISTICS])),
+        "scale_format": draw(st.sampled_from(["", *SCALE_FORMATS])),
+        "options": tuple(draw(st.lists(options(), max_size=3))),
     }
-    if family == "float":
+    modes = ["", "", "sym", "asym", "mx", "l1", "s", "mae", "s-mae", "mse", "opt", "weighted", "power", "nu4", "nu5.0"]
+    fields |= {"bits": draw(st.integers(2, 16) | st.floats(2, 8)), "mode": draw(st.sampled_from(modes))}
+    if family == "float" and draw(st.booleans()):
         exponent, mantissa = draw(st.integers(2, 5)), draw(st.integers(0, 7))
         mode = draw(st.sampled_from(["", "ns", "ieee"]))
         fields |= {"bits": 1 + exponent + mantissa, "exponent_bits": exponent, "mantissa_bits": mantissa, "mode": mode}
-    else:
-        fields |= {"bits": draw(st.integers(2, 16) | st.floats(2, 8))}
-        fields |= {"mode": draw(st.sampled_from(["", "sym", "asym"]))}
     if family == "t":
-        fields["nu"] = draw(st.floats(2.01, 1e6))
+        fields["nu"] = draw(st.none() | st.floats(2.01, 1e6))
+    if family == "power":
+        fields["alpha"] = draw(st.none() | st.floats(0.05, 4))
     try:
         return TensorFormat(**fields)
     except InvalidFormat:
@@ -112,6 +141,16 @@ def test_the_examples_of_the_contract_are_read(text: str) -> None:
         ("int2.81@64", "int2.81-sym@64:absmax:bf16"),
         ("t5.0_4.0@64", "t5_4-asym@64:absmax:bf16"),
         ("float4_e2m1@32", "float4_e2m1@32:absmax:bf16"),
+        ("float4@32", "float4@32:absmax:bf16"),
+        ("bof4-s@64", "bof4-s@64:signmax:bf16"),
+        ("bof4-s@64:search", "bof4-s@64:signmax-search:bf16"),
+        ("bof4-s-mse@64", "bof4-s@64:signmax:bf16"),
+        ("sf4-nu5@64", "sf4@64:absmax:bf16"),
+        ("float4_e2m1@32:e8m0-floor", "float4_e2m1@32:absmax:e8m0"),
+        ("int4@32:e8m0-rceil", "int4-asym@32:absmax:e8m0"),
+        ("int4-mx@32:e8m0-rceil", "int4-mx@32:absmax:e8m0-rceil"),
+        ("power0.70_4@64", "power0.7_4@64:absmax:bf16"),
+        ("nf4@64+hadamard+outliers1e-3", "nf4@64:absmax:bf16+outliers0.001+hadamard"),
     ],
 )
 def test_what_is_left_out_has_a_default_that_fits(short: str, full: str) -> None:
@@ -166,7 +205,8 @@ def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> 
         ("int4@64:absmax:bf16:more", "too many fields", "element@granularity"),
         ("normle4@64", "no element format", "did you mean normal"),
         ("mxpf4", "no format", "did you mean mxfp4"),
-        ("float4@32", "exponent and mantissa", "float4_e2m1"),
+        ("float4.5@32", "whole widths", "float4"),
+        ("float4@32:rms", "together with a scale", "rms-search"),
         ("int4_e2m1@32", "exponent and mantissa", "int4"),
         ("float4_e3m1@32", "are not 4", "float4_e2m1"),
         ("t2_4@64", "has no variance", "more than 2"),
@@ -176,7 +216,31 @@ def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> 
         ("normal2.81-asym@64", "odd number of codes", "-sym"),
         ("int4-odd@64", "no mode", "-asym or -sym"),
         ("int4@64:signmax:e8m0", "e8m0 has no sign", "bf16"),
-        ("nf4@64:rms", "nf is a table on", "absmax"),
+        ("nf4@64:rms", "nf is a table on", "nf4@64"),
+        ("bof4-s@64:absmax", "made for the signed maximum", "signmax"),
+        ("af4@64:signmax", "made for the absolute maximum", "absmax"),
+        ("bof4@64:signmax", "made for the absolute maximum", "bof4-s"),
+        ("nf4@64:signmax:dq8", "dq8 has no sign", "bf16"),
+        ("nf4@64:e8m0-even", "needs an element with an exponent", "float4_e2m1"),
+        ("float4_e2m1@64:rms:e8m0-even", "starts from the absmax", "without a rule"),
+        ("int4@16:fouroversix:e4m3", "NVFP4's two scales", "float4_e2m1@16:fouroversix:e4m3"),
+        ("int4@64+outliers2", "between 0 and 1", "outliers0.001"),
+        ("int4@64+opq0", "between 0 and 1", "opq0.95"),
+        ("int4@64+threshold0", "a positive multiple", "threshold6"),
+        ("int4@64+hadamard+rotate", "more than one rotation", "hadamard or rotate"),
+        ("int4@64+outliers0.1+opq0.9", "more than one rule", "opq"),
+        ("int4@64+rotate+rotate", "more than one rotation", "rotate"),
+        ("mxfp4+unbiased", "no element format", "known"),
+        ("float4_e2m1@32:e8m0+unbiased", "unbiased corrects", "bf16"),
+        ("power0_4@64", "an exponent of 0", "0.05"),
+        ("power4_4@64:rms", "power is a table", "@64"),
+        ("lloyd1@64", "from 3 to 4096", "lloyd4"),
+        ("bof9@64", "up to 256 codes", "bof8"),
+        ("int9-mx@64", "whole widths from 2 to 8", "int4-mx"),
+        ("t_4-opt@64", "a given nu", "t7_4-opt"),
+        ("sf4-nu0@64", "sf has no mode", "sf4-nu4"),
+        ("nf4@64:serch", "no statistic", "did you mean search"),
+        ("nvfp5", "no format", "did you mean nvfp4"),
         ("int1-asym@64", "at least 4 codes", "2-sym"),
         ("int4@64+outlier0.01", "no option", "outliers0.001"),
         ("", "no element format", "known"),
@@ -189,22 +253,37 @@ def test_what_cannot_be_is_refused_with_the_reason_and_what_works(text: str, rea
     assert hint in refused.value.hint
 
 
-@pytest.mark.parametrize("name", LATER_ALIASES)
-def test_aliases_of_later_versions_are_known_by_name(name: str) -> None:
-    with pytest.raises(MethodNotAvailable, match=name):
-        parse(name)
+@pytest.mark.parametrize("name", [name for name in BLOCK_NAMES if name not in ALIASES])
+def test_a_block_type_is_a_format_of_its_own_name(name: str) -> None:
+    fmt = parse(name.upper())
+    assert (str(fmt), fmt.is_block_type, fmt.allowed_widths()) == (name, True, (fmt.bits,))
+    with pytest.raises(InvalidFormat, match="one width"):
+        fmt.with_bits(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "fitted", "value", "given"),
+    [
+        ("t_4@64", "nu", 5.5, "t5.5_4-asym@64:absmax:bf16"),
+        ("power4@64", "alpha", 0.62, "power0.62_4@64:absmax:bf16"),
+        ("float6@64", "exponent_bits", 3.0, "float6_e3m2@64:absmax:bf16"),
+    ],
+)
+def test_what_is_fitted_has_a_form_in_which_it_is_given(text: str, fitted: str, value: float, given: str) -> None:
+    assert parse(text).fitted == fitted
+    assert str(parse(text).with_fitted(value)) == given
+    with pytest.raises(InvalidFormat):
+        parse(given).with_fitted(value)
+    with pytest.raises(InvalidFormat):
+        parse(text).with_fitted(-1.5)
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        *((f"{family}{'0.7_' if family == 'power' else ''}4@64", family) for family in LATER_FAMILIES),
-        ("power4@64", "power"),
+        *((f"{family}4@64", family) for family in LATER_FAMILIES),
         ("grid3.0@tensor:rms+rans", "grid"),
-        ("int4@64:search", "search"),
-        ("int4@64:absmax:e4m3", "e4m3"),
-        ("t5_4@tensor:rms+outliers0.001", "outliers0.001"),
-        ("normal4@64+hadamard", "hadamard"),
+        *((f"int4@64+{name}", name) for name in LATER_OPTIONS),
     ],
 )
 def test_names_of_the_contract_without_a_method_are_refused_by_name(text: str, name: str) -> None:
@@ -223,7 +302,7 @@ def test_any_other_text_is_a_format_or_an_error_of_ours(text: str) -> None:
 
 
 @given(
-    st.from_regex(r"(int|float|t|t5_|normal|nf|laplace|power)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}")
+    st.from_regex(r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}")
 )
 def test_texts_that_are_nearly_formats_never_fail_in_another_way(text: str) -> None:
     with contextlib.suppress(InvalidFormat, MethodNotAvailable):

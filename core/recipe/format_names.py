@@ -1,0 +1,61 @@
+"""The names of the grammar of tensor formats: families, statistics, scale formats, options, aliases.
+
+Names whose method is still missing are listed too (`LATER_*`), so that asking for one is answered with what there is.
+"""
+
+from __future__ import annotations
+
+import re
+
+from core.formats.block_types import BLOCK_TYPES
+
+ROOT_DENSITIES = ("normal", "laplace", "t")
+CODEBOOKS = (*ROOT_DENSITIES, "nf", "sf", "af", "bof", "lloyd", "power")
+FAMILIES = ("int", "float", *CODEBOOKS)
+LATER_FAMILIES = ("grid",)
+BLOCK_FAMILY = "block"
+BLOCK_NAMES = tuple(BLOCK_TYPES)
+
+STATISTICS = ("absmax", "signmax", "rms", "search", "signmax-search", "rms-search", "fouroversix")
+E8M0_RULES = ("floor", "even", "ceil", "rceil", "midmax")
+SCALE_FORMATS = ("bf16", "fp16", "fp32", "e8m0", *(f"e8m0-{rule}" for rule in E8M0_RULES), "e4m3", "dq8")
+
+OUTLIER_RULES = ("outliers", "threshold", "opq")
+ROTATIONS = ("hadamard", "rotate")
+OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased")
+LATER_OPTIONS = ("huffman", "rans")
+
+MAX_BITS = 16
+
+# What stands for a format of the grammar: the value set of a block type of the same name, in our own layout.
+ALIASES = {
+    "mxfp4": "float4_e2m1@32:absmax:e8m0",
+    "mxfp6_e2m3": "float6_e2m3@32:absmax:e8m0",
+    "mxfp6_e3m2": "float6_e3m2@32:absmax:e8m0",
+    "mxfp8_e4m3": "float8_e4m3@32:absmax:e8m0",
+    "mxfp8_e5m2": "float8_e5m2@32:absmax:e8m0",
+    "mxint8": "int8-mx@32:absmax:e8m0",
+    "mxint4": "int4-mx@32:absmax:e8m0",
+    "nvfp4": "float4_e2m1@16:absmax:e4m3",
+    "bfp4": "int4-mx@64:absmax:e8m0-rceil",
+    "bfp8": "int8-mx@64:absmax:e8m0-rceil",
+    "q4_0": "int4-asym@32:signmax:fp16",
+    "q5_0": "int5-asym@32:signmax:fp16",
+    "q8_0": "int8-asym@32:absmax:fp16",
+}
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+_OPTION = re.compile(rf"({'|'.join(OUTLIER_RULES)})({NUMBER})|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})")
+
+
+def number_text(value: float) -> str:
+    """The shortest decimal text that reads back as the same number; no ".0"."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def split_option(text: str) -> tuple[str, float | None]:
+    """(name, number or None) of an option; ("", None) for a text that is none."""
+    found = _OPTION.fullmatch(text)
+    if not found:
+        return "", None
+    return (found[1], float(found[2])) if found[1] else (found[3], None)

@@ -1,0 +1,249 @@
+"""What a tensor format may combine, and the defaults that complete it; every refusal says why and what works."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from core.errors import InvalidFormat, MethodNotAvailable
+from core.recipe.format_grammar import nearest_name
+from core.recipe.format_names import (
+    BLOCK_FAMILY,
+    BLOCK_NAMES,
+    FAMILIES,
+    LATER_FAMILIES,
+    LATER_OPTIONS,
+    MAX_BITS,
+    NUMBER,
+    OPTIONS,
+    OUTLIER_RULES,
+    ROOT_DENSITIES,
+    ROTATIONS,
+    SCALE_FORMATS,
+    STATISTICS,
+    number_text,
+    split_option,
+)
+
+if TYPE_CHECKING:
+    from core.recipe.tensor_format import TensorFormat
+
+_MODES = {
+    "int": ("asym", "sym", "mx"),
+    "float": ("", "ns", "ieee"),
+    "nf": ("",),
+    "af": ("", "l1"),
+    "bof": ("", "mae", "s", "s-mae"),
+    "lloyd": ("", "weighted"),
+    "power": ("", "power"),
+}
+_SPELLINGS = {("bof", "mse"): "", ("bof", "s-mse"): "s"}
+_SF_MODE = re.compile(rf"nu({NUMBER})")
+_ON_UNIT_INTERVAL = ("nf", "sf", "af", "bof", "power")
+_ABSOLUTE = ("af",)
+_SIGNED = ("signmax", "signmax-search")
+_UNSIGNED_SCALES = ("e8m0", "dq8")
+_WITH_EXPONENT = ("float", "int-mx")
+_LEAST_LEVELS = 4
+_MOST_SOLVED = 256
+
+
+def require_available(fmt: TensorFormat) -> None:
+    """MethodNotAvailable for a name of the grammar that has no method yet; InvalidFormat for no name at all."""
+    if fmt.family == BLOCK_FAMILY and fmt.mode in BLOCK_NAMES:
+        return
+    wanted = [
+        (fmt.family, FAMILIES, LATER_FAMILIES, "format family"),
+        (fmt.statistic or "absmax", STATISTICS, (), "statistic"),
+        (fmt.scale_format or "bf16", SCALE_FORMATS, (), "scale format"),
+        *((split_option(option)[0] or option, OPTIONS, LATER_OPTIONS, "option") for option in fmt.options),
+    ]
+    for name, known, later, what in wanted:
+        if name in later:
+            raise MethodNotAvailable(f"the {what} {name} is not available yet", hint=f"available: {', '.join(known)}")
+        if name not in known:
+            raise InvalidFormat(f"no {what} {name!r}", hint=nearest_name(name, (*known, *later)))
+
+
+def completed(fmt: TensorFormat) -> dict[str, Any]:
+    """The fields that defaults and canonical spellings change."""
+    if fmt.family == BLOCK_FAMILY:
+        return {"statistic": "own", "scale_format": "own"}
+    _check_numbers(fmt)
+    mode = _SPELLINGS.get((fmt.family, fmt.mode), fmt.mode)
+    if found := _SF_MODE.fullmatch(mode):
+        mode = "" if float(found[1]) == 5 else f"nu{number_text(float(found[1]))}"
+    signed = fmt.family == "bof" and mode.startswith("s")
+    statistic = fmt.statistic or ("signmax" if signed else "absmax")
+    statistic = "signmax-search" if signed and statistic == "search" else statistic
+    is_odd_integer = fmt.family == "int" and fmt.codes % 2 == 1 and mode == "asym"
+    if not mode or is_odd_integer:
+        mode = _default_mode(fmt.family, fmt.codes, statistic)
+    scale_format = _scale_format(fmt, mode, fmt.scale_format or "bf16")
+    return {"mode": mode, "statistic": statistic, "scale_format": scale_format, "options": _options(fmt)}
+
+
+def mode_at(fmt: TensorFormat, bits: float) -> str:
+    """The mode that a format of another width has; "" for the default."""
+    parity_fits = fmt.mode in ("", "sym", "opt") or round(2**bits) % 2 == 0
+    if fmt.family not in ROOT_DENSITIES:
+        return fmt.mode
+    is_free = fmt.base_statistic != "signmax" or fmt.mode == "opt"
+    return fmt.mode if parity_fits and is_free else ""
+
+
+def check(fmt: TensorFormat) -> None:
+    """InvalidFormat for a combination that cannot be encoded."""
+    if fmt.family == BLOCK_FAMILY:
+        if fmt.options:
+            raise InvalidFormat(f"the block type {fmt.mode} takes no options", hint=fmt.mode)
+        return
+    _check_mode(fmt)
+    _check_table(fmt)
+    _check_statistic(fmt)
+    _check_scale(fmt)
+    _check_options(fmt)
+
+
+def _options(fmt: TensorFormat) -> tuple[str, ...]:
+    """Options in canonical spelling and order."""
+    named = []
+    for option in fmt.options:
+        name, value = split_option(option)
+        named.append((OPTIONS.index(name), name if value is None else f"{name}{number_text(value)}"))
+    return tuple(text for _, text in sorted(named))
+
+
+def _check_numbers(fmt: TensorFormat) -> None:
+    if not 1 <= fmt.bits <= MAX_BITS:
+        raise InvalidFormat(f"{fmt.bits:g} bits", hint=f"1 to {MAX_BITS} bits")
+    if isinstance(fmt.granularity, int) and fmt.granularity < 1:
+        raise InvalidFormat(f"a block of {fmt.granularity} elements", hint="a positive block size")
+    if isinstance(fmt.granularity, str) and fmt.granularity not in ("tensor", "channel"):
+        raise InvalidFormat(f"no granularity {fmt.granularity!r}", hint="tensor, channel or a block size")
+    if fmt.nu is not None and fmt.family != "t":
+        raise InvalidFormat("only t has degrees of freedom", hint="t5_4, or sf4-nu4")
+    if fmt.nu is not None and not 2 < fmt.nu < math.inf:
+        raise InvalidFormat(f"t with {fmt.nu:g} degrees of freedom has no variance", hint="more than 2, for instance 5")
+    if fmt.alpha is not None and (fmt.family != "power" or not 0.05 <= fmt.alpha <= 4):
+        raise InvalidFormat(f"an exponent of {fmt.alpha:g}", hint="power0.7_4: 0.05 to 4, and only for power")
+    if fmt.family == "float":
+        _check_float(fmt)
+    elif fmt.exponent_bits is not None or fmt.mantissa_bits is not None:
+        raise InvalidFormat("only float has exponent and mantissa bits", hint="float4_e2m1")
+
+
+def _check_float(fmt: TensorFormat) -> None:
+    exponent, mantissa = fmt.exponent_bits, fmt.mantissa_bits
+    if exponent is None and mantissa is None:
+        if fmt.bits != int(fmt.bits) or not 3 <= fmt.bits <= 8 or fmt.mode:
+            raise InvalidFormat("exponent bits are fitted for whole widths from 3 to 8 bits, without a mode", hint="float4")
+        return
+    if exponent is None or mantissa is None or 1 + exponent + mantissa != fmt.bits:
+        raise InvalidFormat(
+            f"1 sign + {exponent} exponent + {mantissa} mantissa bits are not {fmt.bits:g}", hint="float4_e2m1"
+        )
+    least = 1 if not fmt.mode else 2
+    if not least <= exponent <= 8 or mantissa < 0:
+        raise InvalidFormat(f"{exponent} exponent bits", hint=f"{least} to 8 exponent bits")
+
+
+def _default_mode(family: str, codes: int, statistic: str) -> str:
+    if family == "int":
+        return "sym" if codes % 2 else "asym"
+    if family not in ROOT_DENSITIES or (statistic in _SIGNED and codes % 2 == 0):
+        return ""
+    return "sym" if codes % 2 or statistic.startswith("rms") else "asym"
+
+
+def _scale_format(fmt: TensorFormat, mode: str, name: str) -> str:
+    """e8m0 without the rule that the element has anyway."""
+    kind = f"{fmt.family}-{mode}" if fmt.family == "int" else fmt.family
+    default = "e8m0-floor" if kind in _WITH_EXPONENT else "e8m0-rceil"
+    return "e8m0" if name == default else name
+
+
+def _modes(fmt: TensorFormat) -> tuple[str, ...]:
+    """The modes that fit family, statistic and number of codes."""
+    if fmt.family in _MODES:
+        return _MODES[fmt.family]
+    if fmt.codes % 2:
+        return ("sym",)
+    return ("", "opt") if fmt.base_statistic == "signmax" else ("asym", "sym", "repeat_zero", "opt")
+
+
+def _check_mode(fmt: TensorFormat) -> None:
+    if fmt.family == "sf":
+        found = _SF_MODE.fullmatch(fmt.mode or "nu5")
+        if not found or not 0.5 <= float(found[1]) < 1e6:
+            raise InvalidFormat(f"sf has no mode {fmt.mode!r}", hint="sf4 (nu 5), sf4-nu4")
+        return
+    modes = _modes(fmt)
+    if fmt.mode not in modes:
+        implied = " (signmax implies the mode)" if fmt.base_statistic == "signmax" and fmt.is_codebook else ""
+        parity = " with an odd number of codes" if fmt.codes % 2 and fmt.is_codebook else ""
+        allowed = " or ".join(f"-{mode}" if mode else "no mode" for mode in modes)
+        raise InvalidFormat(f"{fmt.family}{parity} has no mode {fmt.mode!r}{implied}", hint=allowed)
+    if fmt.mode == "mx" and not (fmt.bits == int(fmt.bits) and 2 <= fmt.bits <= 8):
+        raise InvalidFormat("int in the mx mode has whole widths from 2 to 8 bits", hint="int4-mx@32:e8m0")
+    if fmt.mode == "opt" and (fmt.nu is None and fmt.family == "t"):
+        raise InvalidFormat("the optimal codebook needs a given nu", hint="t7_4-opt@64")
+
+
+def _check_table(fmt: TensorFormat) -> None:
+    if fmt.family in ("nf", "sf", "af", "bof") and (fmt.codes % 2 or fmt.codes < _LEAST_LEVELS):
+        raise InvalidFormat(f"{fmt.family} is a table with an even number of at least 4 codes", hint=f"{fmt.family}4@64")
+    if (fmt.family in ("bof", "af") or fmt.mode == "opt") and fmt.codes > _MOST_SOLVED:
+        raise InvalidFormat(f"{fmt.element} is solved for up to {_MOST_SOLVED} codes", hint=f"{fmt.family}8@64")
+    if fmt.family in ("lloyd", "power") and not 3 <= fmt.codes <= 4096:
+        raise InvalidFormat(f"{fmt.family} has from 3 to 4096 codes", hint=f"{fmt.family}4@64")
+    if fmt.codes < _least_codes(fmt):
+        raise InvalidFormat(f"{fmt.element} under {fmt.statistic} needs at least 4 codes", hint=f"{fmt.family} 2-sym")
+
+
+def _check_statistic(fmt: TensorFormat) -> None:
+    if fmt.family in _ON_UNIT_INTERVAL and fmt.base_statistic == "rms":
+        raise InvalidFormat(f"{fmt.family} is a table on [-1, 1], which rms does not scale to", hint=f"{fmt.element}@64")
+    if fmt.fitted == "exponent_bits" and fmt.statistic == "rms":
+        raise InvalidFormat("exponent bits are fitted together with a scale", hint=f"{fmt.element}@channel:rms-search")
+    is_signed = fmt.family == "bof" and fmt.mode.startswith("s")
+    if is_signed and fmt.base_statistic != "signmax":
+        raise InvalidFormat("bof-s is made for the signed maximum", hint=f"{fmt.element}@64:signmax")
+    if fmt.base_statistic == "signmax" and (fmt.family in _ABSOLUTE or (fmt.family == "bof" and not is_signed)):
+        raise InvalidFormat(f"{fmt.family} is made for the absolute maximum", hint="absmax, or bof4-s for signmax")
+    if fmt.statistic == "fouroversix" and (fmt.element != "float4_e2m1" or fmt.scale_format != "e4m3"):
+        raise InvalidFormat("fouroversix chooses between NVFP4's two scales", hint="float4_e2m1@16:fouroversix:e4m3")
+
+
+def _check_scale(fmt: TensorFormat) -> None:
+    name, _, rule = fmt.scale_format.partition("-")
+    if fmt.base_statistic == "signmax" and name in _UNSIGNED_SCALES:
+        raise InvalidFormat(f"signmax needs a signed scale, {name} has no sign", hint=f"{fmt.element}@...:signmax:bf16")
+    kind = f"{fmt.family}-{fmt.mode}" if fmt.family == "int" else fmt.family
+    if rule and rule != "rceil" and kind not in _WITH_EXPONENT:
+        raise InvalidFormat(f"the rule {rule} needs an element with an exponent", hint="e8m0, or float4_e2m1, int4-mx")
+    if rule and fmt.base_statistic == "rms":
+        raise InvalidFormat(f"the rule {rule} starts from the absmax", hint="absmax, or e8m0 without a rule")
+
+
+def _check_options(fmt: TensorFormat) -> None:
+    names = [split_option(option)[0] for option in fmt.options]
+    for several, what in [(OUTLIER_RULES, "rule for outliers"), (ROTATIONS, "rotation")]:
+        if sum(name in several for name in names) > 1:
+            raise InvalidFormat(f"more than one {what}", hint=" or ".join(several))
+    if len(set(names)) < len(names):
+        raise InvalidFormat("an option is given twice", hint="leave one out")
+    rule, value = fmt.outlier_rule or ("", 0.5)
+    if rule in ("outliers", "opq") and not 0 < value < 1:
+        raise InvalidFormat(f"{rule}{value:g}: a number between 0 and 1", hint="outliers0.001, opq0.95")
+    if rule == "threshold" and not 0 < value < math.inf:
+        raise InvalidFormat(f"threshold{value:g}: a positive multiple of the tensor's RMS", hint="threshold6")
+    if fmt.is_unbiased and fmt.scale_format not in ("bf16", "fp16", "fp32"):
+        raise InvalidFormat("unbiased corrects scales of bf16, fp16 or fp32", hint="bf16 scales, or leave it out")
+
+
+def _least_codes(fmt: TensorFormat) -> int:
+    """Two codes are 0 and one negative or positive end in asym, and one side has no end for the statistic."""
+    one_sided = fmt.mode in ("asym", "repeat_zero")
+    return 4 if one_sided and not (fmt.family == "int" and fmt.base_statistic == "signmax") else 2
