@@ -135,7 +135,7 @@ def measure_format(text: str, values: Matrix, seed: int) -> Json:
     from core.tensors.nearest import encode_nearest
 
     chosen = parse(text)
-    encoded = encode_nearest(torch.from_numpy(values), chosen)
+    encoded = encode_nearest(torch.from_numpy(values), chosen, seed=seed)
     difference = encoded.decode().double().numpy() - values.astype(np.float64)
     mse, power = float(np.mean(difference**2)), float(np.mean(values.astype(np.float64) ** 2))
     return {

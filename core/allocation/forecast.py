@@ -164,7 +164,7 @@ def predicted_kl(
 
     `fisher`: (all rows,), sums over the weights of a row. Without `scales` all of the error counts as independent.
     """
-    encoded = encode_nearest(weights, parse(text))
+    encoded = encode_nearest(weights, parse(text), row_weights=torch.from_numpy(fisher[rows]))
     errors, shrunk, power = _row_errors(weights, encoded.decode())
     kl = 0.0
     if scales is not None:

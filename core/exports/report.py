@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TensorResult:
-    """One tensor as stored. `bits`: stored bits per element; `predicted_kl` in nats per token, None without Fisher."""
+    """One tensor as stored. `bits`: stored bits per element; `predicted_kl` in nats per token, None without Fisher.
+
+    `fitted`: the parameter that its format left open.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -24,6 +27,7 @@ class TensorResult:
     relative_rms_error: float
     fisher_mean: float | None = None
     predicted_kl: float | None = None
+    fitted: float | None = None
 
     @property
     def bits(self) -> float:
@@ -31,7 +35,7 @@ class TensorResult:
 
     def to_json(self) -> dict[str, Any]:
         """The row of the per-tensor table."""
-        values = {key: rounded(value) for key, value in asdict(self).items()}
+        values = {key: rounded(value) for key, value in asdict(self).items() if (key, value) != ("fitted", None)}
         return values | {"shape": list(self.shape), "bits": rounded(self.bits)}
 
     @classmethod

@@ -17,7 +17,7 @@ StepKind = Literal["fetch", "calibrate", "allocate", "quantise", "assemble", "ev
 STEP_KINDS: tuple[StepKind, ...] = get_args(StepKind)
 
 # Bumped when a step would answer differently for the same request, so that stored results are not reused.
-METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1)
+METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1) | {"allocate": 2, "quantise": 2}
 
 # The parts of a canonical recipe that decide a step, beside the outputs of the steps that it depends on.
 _RECIPE_PARTS: dict[StepKind, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ _DEPENDENCIES: dict[StepKind, tuple[StepKind, ...]] = {
     "fetch": (),
     "calibrate": ("fetch",),
     "allocate": ("fetch", "calibrate"),
-    "quantise": ("fetch", "allocate"),
+    "quantise": ("fetch", "calibrate", "allocate"),
     "assemble": ("fetch", "allocate", "quantise"),
     "evaluate": ("fetch", "assemble"),
     "export": ("fetch", "calibrate", "allocate", "assemble", "evaluate"),

@@ -6,7 +6,7 @@ Methods are a closed set, one file each: `round(weight, format, sensitivity, par
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
@@ -16,13 +16,16 @@ from core.rounding import nearest
 from core.tensors.encoded import EncodedTensor
 
 
-class Sensitivity(Protocol):
-    """What tells a method how much an error costs."""
+@dataclass(frozen=True)
+class Sensitivity:
+    """What tells a method how much an error costs; None for what was not gathered.
 
-    @property
-    def covariance(self) -> torch.Tensor | None:
-        """E[x x^T] of the layer's inputs, (in, in), where it was gathered."""
-        ...
+    `row_weights`: Fisher information of an element of each output row, (out,). `covariance`: E[x x^T] of the layer's
+    inputs, (in, in).
+    """
+
+    row_weights: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
 
 
 _METHODS: dict[str, Callable[[torch.Tensor, TensorFormat, Sensitivity | None, RoundingSpec, int], EncodedTensor]] = {

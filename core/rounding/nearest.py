@@ -1,4 +1,4 @@
-"""Rounding to the nearest code: needs no data, uses no sensitivity and no seed."""
+"""Rounding to the nearest code: needs no data; sensitivities and seed serve what the format itself leaves open."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def round_tensor(
     weight: torch.Tensor,
     fmt: TensorFormat,
-    _sensitivity: Sensitivity | None,
+    sensitivity: Sensitivity | None,
     _spec: RoundingSpec,
-    _seed: int,
+    seed: int,
 ) -> EncodedTensor:
     """Every weight to its nearest code."""
-    return encode_nearest(weight, fmt)
+    rows = None if sensitivity is None else sensitivity.row_weights
+    return encode_nearest(weight, fmt, seed=seed, row_weights=rows)

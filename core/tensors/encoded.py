@@ -1,41 +1,44 @@
 """An encoded tensor: packed codes, scales and what its format needs, with exact decoding from these alone.
 
 Promise: `decode` is a function of the parts only (never of a table that a library computes again), the same on every
-device and for any thread count, and `nbytes` are the bytes that are stored. Decoded value: fl32(table[code] * scale).
+device and for any thread count, and `nbytes` are the bytes that are stored. Decoded value: fl32(table[code] * scale),
+rotated back where the format rotates, overwritten where outliers are stored, rounded once to the dtype asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
 
-from core.errors import InvalidCheckpoint
+from core.errors import BitmillError, InvalidCheckpoint
 from core.formats import integer
-from core.formats.elements import element_table, shared_weights
-from core.formats.stored import group_of, planes, scale_shape, stored_parts
+from core.formats.block_types import BLOCK_TYPES
+from core.formats.elements import element_table, shared_weights, stored_codes
+from core.formats.stored import group_of, matrix_shape, planes, scale_shape, stored_parts
 from core.recipe.tensor_format import TensorFormat
+from core.tensors import outliers, rotation
+from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.packing import unpack_planes
-from core.tensors.scales import decoded_scales
+from core.tensors.scale_formats import decoded_scales, undo_double
 
 
 @dataclass(frozen=True)
 class EncodedTensor:
     """`shape` and `dtype` (safetensors name) are those of the tensor before it was encoded.
 
-    `codes`: uint8, packed (`core.formats.stored`). `scales`: as stored. `codebook`: fp32 (codes,) or None.
+    `stored`: the parts by name, as `core.formats.stored.stored_parts` describes them.
     """
 
     format: TensorFormat
     shape: tuple[int, ...]
     dtype: str
-    codes: torch.Tensor
-    scales: torch.Tensor
-    codebook: torch.Tensor | None = None
+    stored: Mapping[str, torch.Tensor]
 
     @classmethod
     def planned_parts(cls, fmt: TensorFormat, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -47,17 +50,37 @@ class EncodedTensor:
         cls, fmt: TensorFormat, shape: tuple[int, ...], dtype: str, parts: Mapping[str, torch.Tensor]
     ) -> EncodedTensor:
         """The tensor that `parts` came from; InvalidCheckpoint when a part is missing or has another shape."""
-        planned = stored_parts(fmt, shape)
+        values = parts.get("outlier_values")
+        planned = stored_parts(fmt, shape, None if values is None else values.numel())
         for name, (kind, size) in planned.items():
             found = parts.get(name)
             if found is None or found.dtype != TORCH_DTYPES[kind] or tuple(found.shape) != size:
                 raise InvalidCheckpoint(f"{fmt} needs a part {name!r} of {kind} {list(size)}")
-        return cls(fmt, shape, dtype, parts["codes"], parts["scales"], parts.get("codebook"))
+        return cls(fmt, shape, dtype, {name: parts[name] for name in planned})
 
     def parts(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
-        found = {"codes": self.codes, "scales": self.scales}
-        return found if self.codebook is None else found | {"codebook": self.codebook}
+        return dict(self.stored)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8, packed."""
+        return self.stored["codes"]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """As stored."""
+        return self.stored["scales"]
+
+    @property
+    def codebook(self) -> torch.Tensor | None:
+        """The stored table, fp32, of a codebook format."""
+        return self.stored.get("codebook")
+
+    @property
+    def fitted(self) -> float | None:
+        """The parameter that was fitted to the tensor."""
+        return float(self.stored["fitted"]) if "fitted" in self.stored else None
 
     @property
     def elements(self) -> int:
@@ -66,15 +89,39 @@ class EncodedTensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in self.parts().values())
+        return sum(part.numel() * part.element_size() for part in self.stored.values())
 
-    def decode(self) -> torch.Tensor:
-        """The tensor in its shape, fp32, on the device of the parts."""
-        flat = torch.empty(self.elements, dtype=torch.float32, device=self.codes.device)
+    @cached_property
+    def scale_values(self) -> torch.Tensor:
+        """The scale of every block, flat fp32."""
+        if self.format.scale_format == "dq8":
+            return undo_double(self.stored)
+        return decoded_scales(self.format, self.scales.reshape(-1), self.stored.get("tensor_scale"))
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The tensor in its shape, on the device of the parts."""
+        if self.format.is_block_type:
+            count, columns = matrix_shape(self.shape)
+            blocks = self.codes.reshape(count, BLOCK_TYPES[self.format.mode].row_bytes(columns))
+            return rows.decode_rows(self.format.mode, blocks, columns).reshape(self.shape).to(self.codes.device, dtype)
+        rotated = self.format.rotation is not None
+        flat = torch.empty(self.elements, dtype=torch.float32 if rotated else dtype, device=self.codes.device)
         grid = self.grid
         for piece in grid.pieces(self.group):
             flat[piece.start : piece.stop] = self.decode_piece(grid, piece)
+        if rotated:
+            flat = self._rotated_back(flat).to(dtype)
+        if "outlier_index" in self.stored:
+            outliers.overwrite(flat, self._outlier_places, self.stored["outlier_values"])
         return flat.reshape(self.shape)
+
+    def decoded_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Pieces of the tensor with their flat fp32 elements; one at a time where the format allows it."""
+        grid = self.grid
+        plain = not self.format.is_block_type and self.format.rotation is None and "outlier_index" not in self.stored
+        whole = None if plain else self.decode().reshape(-1)
+        for piece in grid.pieces(self.group):
+            yield piece, self.decode_piece(grid, piece) if whole is None else whole[piece.start : piece.stop]
 
     @property
     def grid(self) -> BlockGrid:
@@ -84,13 +131,25 @@ class EncodedTensor:
     @property
     def group(self) -> int:
         """Codes that are packed together: pieces begin at multiples of this."""
-        return group_of(self.format.codes)
+        return 1 if self.format.is_block_type else group_of(self.format.codes)
 
     def decode_piece(self, grid: BlockGrid, piece: Piece) -> torch.Tensor:
-        """The flat elements of a piece, fp32."""
+        """The flat elements of a piece, fp32, before rotation and outliers."""
         values = grid.to_blocks(self._values(self._piece_codes(piece)))
-        scales = decoded_scales(self.format, self.scales.reshape(-1)[piece.first : piece.last])
-        return grid.from_blocks(values * scales[:, None])
+        return grid.from_blocks(values * self.scale_values[piece.first : piece.last, None])
+
+    @cached_property
+    def _outlier_places(self) -> torch.Tensor:
+        count = self.stored["outlier_values"].numel()
+        return outliers.decode_index(self.stored["outlier_index"], self.elements, count)
+
+    def _rotated_back(self, flat: torch.Tensor) -> torch.Tensor:
+        matrix = flat.view(matrix_shape(self.shape))
+        if self.format.rotation == "hadamard":
+            rotation.rotate_rows_(matrix)
+        else:
+            rotation.RandomRotation.of(int(self.stored["seed"]), self.shape).restore_(matrix)
+        return flat
 
     def _piece_codes(self, piece: Piece) -> torch.Tensor:
         count, offset, pieces = piece.stop - piece.start, 0, []
@@ -103,25 +162,27 @@ class EncodedTensor:
     def _values(self, codes: torch.Tensor) -> torch.Tensor:
         """Table values of codes, fp32; codes that no table has decode to 0 (hostile bytes cannot read beyond it)."""
         if self.format.family == "int":
-            return codes.float() + integer.lowest(self.format.mode, self.format.codes)
-        table = self._table()
-        return torch.index_select(table, 0, codes.int().clamp_(max=table.numel() - 1))
+            levels = codes.float() + integer.lowest(self.format.mode, self.format.codes)
+            return levels * integer.step(self.format.mode, self.format.codes)
+        return torch.index_select(self.table, 0, codes.int().clamp_(max=self.table.numel() - 1))
 
-    def _table(self) -> torch.Tensor:
-        """Values by stored code, fp32: the stored codebook, or a float's patterns, 0 for those that are no number."""
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number."""
         if self.codebook is not None:
             return self.codebook
-        table = element_table(self.format, shared_weights(self.format, self.shape))
-        values = torch.tensor(table.values, dtype=torch.float32)
-        patterns = torch.zeros(self.format.codes)
-        patterns[float_patterns(self.format, len(table.values))] = values
+        fmt = self.format if self.format.fitted is None else self._resolved()
+        values = element_table(fmt, shared_weights(fmt, self.shape)).values
+        codes = stored_codes(fmt, len(values)) or tuple(range(len(values)))
+        patterns = torch.zeros(fmt.codes)
+        patterns[list(codes)] = torch.tensor(values, dtype=torch.float32)
         return patterns.to(self.codes.device)
 
-
-def float_patterns(fmt: TensorFormat, count: int) -> torch.Tensor:
-    """Bit patterns of a float's `count` values in ascending order, int64: sign bit, then magnitude."""
-    order = torch.arange(count) - count // 2
-    return torch.where(order < 0, (fmt.codes // 2) - order, order)
+    def _resolved(self) -> TensorFormat:
+        try:
+            return self.format.with_fitted(self.fitted or 0.0)
+        except BitmillError as error:
+            raise InvalidCheckpoint(f"{self.format} cannot have been fitted: {error.detail}") from error
 
 
 def scales_like(fmt: TensorFormat, shape: tuple[int, ...], flat: torch.Tensor) -> torch.Tensor:

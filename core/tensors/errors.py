@@ -11,11 +11,11 @@ from core.tensors.encoded import EncodedTensor
 
 def squared_error(weight: torch.Tensor, encoded: EncodedTensor) -> tuple[float, float]:
     """(sum of squared errors, sum of squared weights) of a tensor and its encoding, fp64."""
-    flat, grid = weight.detach().reshape(-1), encoded.grid
+    flat = weight.detach().reshape(-1)
     error = power = 0.0
-    for piece in grid.pieces(encoded.group):
+    for piece, decoded in encoded.decoded_pieces():
         original = flat[piece.start : piece.stop].double()
-        error += _sum_of_squares(original - encoded.decode_piece(grid, piece))
+        error += _sum_of_squares(original - decoded)
         power += _sum_of_squares(original)
     return error, power
 

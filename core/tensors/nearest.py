@@ -1,102 +1,180 @@
 """Encoding to the nearest code: the arithmetic that every rounding method ends in.
 
-Nearest to the real number weight / stored scale, decided exactly: thresholds are products of fp64 table midpoints with
-the scale, compared with the weight itself (optimal formats, section 5.3). For codebooks the code is
-`#{k : x > fl32(t_k s)}`; for integers and floats ties go to even, then the range saturates. The tensor is worked on in
-pieces, so memory is the source, the codes and a few MiB.
+A tensor passes through these stations: non-finite weights are refused; outliers are set aside; the rest is rotated;
+each block gets its statistic; the table is fitted where the format leaves that open; scales are chosen and rounded to
+how they are stored; every weight takes the nearest value; scales are freed of their bias. The tensor is worked on in
+pieces, so memory is the source, the codes and a few MiB (and an fp32 copy where the format rotates, a copy where it
+has outliers).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from core.errors import NonFiniteWeights
-from core.formats import integer
-from core.formats.elements import ElementTable, element_table, shared_weights
-from core.formats.stored import group_of, packed_bytes, planes
+from core.formats.elements import ElementTable, element_table, shared_weights, stored_codes
+from core.formats.stored import group_of, matrix_shape, packed_bytes, planes
 from core.recipe.tensor_format import TensorFormat
+from core.tensors import outliers, rotation
+from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.dtypes import SAFETENSORS_NAMES
-from core.tensors.encoded import EncodedTensor, float_patterns, scales_like
+from core.tensors.encoded import EncodedTensor, scales_like
+from core.tensors.fitted import Fitted, fitted_table
+from core.tensors.indices import nearest_indices
 from core.tensors.packing import pack_planes
-from core.tensors.scales import absmax, decoded_scales, signed_extreme, stored_scales, sum_of_squares, wanted_scales
+from core.tensors.scale_formats import decoded_scales, double_quantised, stored_scales, tensor_scale, undo_double
+from core.tensors.scales import statistic_of
+from core.tensors.search import best_scales
+from core.tensors.unbiased import unbiased
 
-_FEW = 33  # up to this many values, counting thresholds is faster than searching
+Parts = dict[str, torch.Tensor]
 
 
-def encode_nearest(weight: torch.Tensor, fmt: TensorFormat) -> EncodedTensor:
-    """Encode a floating tensor of any shape, on its device; NonFiniteWeights for NaN or infinity in it."""
-    shape = tuple(weight.shape)
-    encoder = _Encoder(weight.detach().reshape(-1), fmt, shape)
-    codebook = torch.tensor(encoder.table.values, dtype=torch.float32) if fmt.is_codebook else None
-    scales = encoder.scales()
-    codes = encoder.codes(scales)
-    return EncodedTensor(
-        format=fmt,
-        shape=shape,
-        dtype=SAFETENSORS_NAMES[weight.dtype],
-        codes=codes,
-        scales=scales_like(fmt, shape, scales),
-        codebook=None if codebook is None else codebook.to(weight.device),
-    )
+def encode_nearest(
+    weight: torch.Tensor, fmt: TensorFormat, *, seed: int = 0, row_weights: torch.Tensor | None = None
+) -> EncodedTensor:
+    """Encode a floating tensor of any shape, on its device; NonFiniteWeights for NaN or infinity in it.
+
+    `seed`: of a random rotation. `row_weights`: what the squared error of a weight of each row counts, (rows,) of the
+    tensor as a matrix of its last dimension; for what is fitted by sensitivity.
+    """
+    shape, dtype = tuple(weight.shape), SAFETENSORS_NAMES[weight.dtype]
+    weight = weight.detach()
+    require_finite(weight)
+    if fmt.is_block_type:
+        blocks = rows.encode_rows(fmt.mode, weight.reshape(matrix_shape(shape))).reshape(-1)
+        return EncodedTensor(fmt, shape, dtype, {"codes": blocks.to(weight.device)})
+    flat, extra = _prepared(weight.reshape(-1), fmt, shape, seed)
+    encoder = _Encoder(flat, fmt, shape, row_weights)
+    encoded = EncodedTensor(fmt, shape, dtype, encoder.parts() | extra)
+    return unbiased(encoded, flat) if fmt.is_unbiased else encoded
+
+
+def require_finite(weight: torch.Tensor) -> None:
+    """NonFiniteWeights with the place of the first NaN or infinity."""
+    flat = weight.reshape(-1)
+    for start in range(0, flat.numel(), _CHECKED):
+        finite = torch.isfinite(flat[start : start + _CHECKED])
+        if not bool(finite.all()):
+            place = start + int((~finite).to(torch.uint8).argmax())
+            index = [int(at) for at in torch.unravel_index(torch.tensor(place), weight.shape)]
+            raise NonFiniteWeights(
+                f"NaN or infinity among the weights, the first at {index}",
+                hint="the checkpoint is damaged: copy it anew, or keep the tensor by an override",
+            )
+
+
+_CHECKED = 1 << 20
+
+
+def _prepared(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, Parts]:
+    """What is left for the codes, flat, and the parts that say what was taken away or turned."""
+    extra: Parts = {}
+    if fmt.outlier_rule:
+        places = _outliers(flat, BlockGrid.of(fmt, shape), *fmt.outlier_rule)
+        extra["outlier_values"] = outliers.outlier_values(flat, places)
+        extra["outlier_index"] = outliers.encode_index(places, flat.numel())
+        flat = outliers.without_outliers(flat, places)
+    if fmt.rotation == "hadamard":
+        flat = rotation.rotate_rows(flat.reshape(matrix_shape(shape))).reshape(-1)
+    if fmt.rotation == "rotate":
+        extra["seed"] = torch.tensor([seed % (1 << 63)], dtype=torch.int64, device=flat.device)
+        turn = rotation.RandomRotation.of(seed % (1 << 63), shape)
+        flat = turn.rotate(flat.reshape(matrix_shape(shape))).reshape(-1)
+    return flat, extra
+
+
+def _outliers(flat: torch.Tensor, grid: BlockGrid, rule: str, value: float) -> torch.Tensor:
+    """Flat places of the outliers, ascending."""
+    if rule == "outliers":
+        return outliers.select_by_ratio(flat, value)
+    return outliers.select_by_threshold(flat, value) if rule == "threshold" else outliers.select_opq(flat, grid, value)
 
 
 class _Encoder:
     """One tensor being encoded."""
 
-    def __init__(self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> None:
-        self.flat, self.fmt = flat, fmt
+    def __init__(
+        self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], row_weights: torch.Tensor | None
+    ) -> None:
+        self.flat, self.fmt, self.shape = flat, fmt, shape
         self.grid = BlockGrid.of(fmt, shape)
-        self.table = element_table(fmt, shared_weights(fmt, shape))
         self.group = group_of(fmt.codes)
+        self.extreme = self._statistic()
+        self.fit = Fitted(element_table(fmt, shared_weights(fmt, shape)))
+        if fmt.fitted is not None or fmt.family == "lloyd":
+            scales = self.extreme if fmt.family == "float" else self._scales(searched=False)[1]
+            self.fit = fitted_table(flat, fmt, shape, scales, row_weights)
+
+    @property
+    def table(self) -> ElementTable:
+        return self.fit.table
+
+    def parts(self) -> Parts:
+        """What is stored of the dense tensor."""
+        device = self.flat.device
+        stored, factors = self._scales(searched=self.fmt.is_searched)
+        made: Parts = {"codes": self._codes(factors), **stored}
+        if self.fmt.is_codebook:
+            made["codebook"] = torch.tensor(self.table.values, dtype=torch.float32, device=device)
+        if self.fit.value is not None:
+            made["fitted"] = torch.tensor([self.fit.value], dtype=torch.float64, device=device)
+        return made
 
     def _blocks(self, piece: Piece) -> torch.Tensor:
         """(blocks, width) fp32 of a piece."""
         return self.grid.to_blocks(self.flat[piece.start : piece.stop].float())
 
-    def scales(self) -> torch.Tensor:
-        """Stored scales of all blocks, flat."""
-        if self.grid.one_scale:
-            return stored_scales(self.fmt, self._tensor_scale())
-        found = [self._piece_scales(piece) for piece in self.grid.pieces(1)]
-        return torch.cat(found) if found else stored_scales(self.fmt, torch.zeros(0, device=self.flat.device))
-
-    def _piece_scales(self, piece: Piece) -> torch.Tensor:
-        blocks = self._blocks(piece)
-        _require_finite(blocks)
-        is_rms = self.fmt.statistic == "rms"
-        extreme = signed_extreme(blocks) if self.fmt.statistic == "signmax" else absmax(blocks)
-        squares = sum_of_squares(blocks) if is_rms else extreme
-        wanted = wanted_scales(self.fmt, self.table, extreme, squares, self.grid.counts(blocks))
-        return stored_scales(self.fmt, wanted)
-
-    def _tensor_scale(self) -> torch.Tensor:
-        """The one scale before rounding, (1,) fp32, gathered piece by piece."""
-        device = self.flat.device
-        extreme = torch.zeros(1, device=device)
-        squares = torch.zeros(1, dtype=torch.float64, device=device)
+    def _pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         for piece in self.grid.pieces(1):
-            blocks = self._blocks(piece)
-            _require_finite(blocks)
-            found = signed_extreme(blocks) if self.fmt.statistic == "signmax" else absmax(blocks)
-            extreme = torch.where(found.abs() > extreme.abs(), found, extreme)
-            squares += sum_of_squares(blocks)
-        return wanted_scales(self.fmt, self.table, extreme, squares, max(self.grid.elements, 1))
+            yield slice(piece.first, piece.last), self._blocks(piece)
 
-    def codes(self, scales: torch.Tensor) -> torch.Tensor:
+    def _statistic(self) -> torch.Tensor:
+        """absmax, signed extreme or rms of all blocks, flat fp32."""
+        name = self.fmt.base_statistic
+        if self.grid.one_scale:
+            return self._tensor_statistic(name)
+        found = [statistic_of(blocks, name, self.grid.counts(blocks)) for _, blocks in self._pieces()]
+        return torch.cat(found) if found else torch.zeros(0, device=self.flat.device)
+
+    def _tensor_statistic(self, name: str) -> torch.Tensor:
+        """The one statistic of a tensor, (1,), gathered piece by piece."""
+        extreme = torch.zeros(1, device=self.flat.device)
+        squares = torch.zeros(1, dtype=torch.float64, device=self.flat.device)
+        for _, blocks in self._pieces():
+            found = statistic_of(blocks, name, 1)
+            squares += found.double().square() if name == "rms" else 0
+            extreme = torch.where(found.abs() > extreme.abs(), found, extreme)
+        return (squares / max(self.grid.elements, 1)).sqrt().float() if name == "rms" else extreme
+
+    def _scales(self, *, searched: bool) -> tuple[Parts, torch.Tensor]:
+        """The stored scales with all that belongs to them, and the scales as decoded, flat fp32."""
+        largest = self.extreme.abs().max() if self.extreme.numel() else self.extreme.sum()
+        constant = tensor_scale(self.fmt, self.table, largest)
+        if searched:
+            flat = best_scales(self.fmt, self.table, self.extreme, constant, self._pieces)
+        else:
+            flat = stored_scales(self.fmt, self.table, self.extreme, constant)
+        if self.fmt.scale_format == "dq8":
+            made = double_quantised(flat)
+            return made | {"scales": scales_like(self.fmt, self.shape, made["scales"])}, undo_double(made)
+        made = {"scales": scales_like(self.fmt, self.shape, flat)}
+        return made | ({} if constant is None else {"tensor_scale": constant}), decoded_scales(self.fmt, flat, constant)
+
+    def _codes(self, factors: torch.Tensor) -> torch.Tensor:
         """Packed codes, uint8."""
         count = self.grid.elements
         packed = torch.empty(packed_bytes(self.fmt.codes, count), dtype=torch.uint8, device=self.flat.device)
+        patterns = stored_codes(self.fmt, len(self.table.values))
+        lookup = None if patterns is None else torch.tensor(patterns, device=self.flat.device)
         for piece in self.grid.pieces(self.group):
-            factors = decoded_scales(self.fmt, scales[piece.first : piece.last])
-            indices = self.grid.from_blocks(nearest_indices(self._blocks(piece), factors, self.fmt, self.table))
-            self._place(packed, piece, self._stored_codes(indices))
+            scales = factors[piece.first : piece.last]
+            indices = self.grid.from_blocks(nearest_indices(self._blocks(piece), scales, self.fmt, self.table))
+            self._place(packed, piece, indices if lookup is None else lookup[indices.long()])
         return packed
-
-    def _stored_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        if self.fmt.family != "float":
-            return indices
-        return float_patterns(self.fmt, len(self.table.values)).to(indices.device)[indices.long()]
 
     def _place(self, packed: torch.Tensor, piece: Piece, codes: torch.Tensor) -> None:
         offset = 0
@@ -104,90 +182,3 @@ class _Encoder:
             begin = offset + piece.start // plane.group * plane.width
             packed[begin : begin + data.numel()] = data
             offset += plane.nbytes(self.grid.elements)
-
-
-def nearest_indices(blocks: torch.Tensor, scales: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
-    """Indices into `table.values` nearest to blocks / scales: (blocks, width) fp32, (blocks,) fp32 -> integers.
-
-    Where a scale is 0 the index is that of the value nearest to 0.
-    """
-    factors = scales.abs()
-    if fmt.statistic == "signmax":
-        blocks = torch.where(scales[:, None] < 0, -blocks, blocks)
-    if fmt.family == "int":
-        indices = _integer_indices(blocks, factors, fmt)
-    elif len(table.values) <= _FEW:
-        indices = _counted(blocks, factors, fmt, table)
-    else:
-        indices = _searched(blocks, factors, fmt, table)
-    dead = factors == 0
-    if bool(dead.any()):
-        indices[dead] = table.zero
-    return indices
-
-
-def _integer_indices(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Half to even on the integers' own grid: the quotient in fp64 shows every tie of fp32 numbers exactly."""
-    lowest = integer.lowest(fmt.mode, fmt.codes)
-    shift = lowest - int(lowest)  # 0, or -0.5 for a grid of halves
-    quotients = blocks.double().div_(factors.double()[:, None]).nan_to_num_(0.0)
-    levels = quotients.sub_(shift).round_().sub_(lowest - shift).clamp_(0, fmt.codes - 1)
-    return levels.to(torch.uint8 if fmt.codes <= 256 else torch.int32)
-
-
-def _counted(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
-    """How many thresholds lie below each element."""
-    indices = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
-    for low in range(len(table.values) - 1):
-        limits = _limits(_midpoint(table, low), factors, table.upper_on_tie[low], exact=not fmt.is_codebook)
-        indices += blocks > limits[:, None]
-    return indices
-
-
-def _searched(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
-    """A search in the quotients, then one step down or up where the exact threshold says so."""
-    count = len(table.values)
-    middles = torch.tensor(
-        [_midpoint(table, low) for low in range(count - 1)], dtype=torch.float64, device=blocks.device
-    )
-    upper = torch.tensor(table.upper_on_tie, device=blocks.device)
-    quotients = (blocks / factors[:, None]).nan_to_num_(0.0)
-    indices = torch.bucketize(quotients, middles.float(), out_int32=True)
-
-    def above(which: torch.Tensor) -> torch.Tensor:
-        """Whether the element lies above threshold `which`."""
-        inside = which.clamp(0, count - 2)
-        limits = _limits(middles[inside], factors[:, None], upper[inside], exact=not fmt.is_codebook)
-        return blocks > limits
-
-    indices -= ((indices > 0) & ~above(indices - 1)).int()
-    indices += ((indices < count - 1) & above(indices)).int()
-    return indices
-
-
-def _midpoint(table: ElementTable, low: int) -> float:
-    return (table.values[low] + table.values[low + 1]) / 2
-
-
-def _limits(
-    middle: float | torch.Tensor, factors: torch.Tensor, upper: bool | torch.Tensor, *, exact: bool
-) -> torch.Tensor:
-    """fp32 limits L so that `x > L` decides for the upper value, for every fp32 x.
-
-    Not `exact`: L = fl32(middle * scale), the rule of codebooks. `exact`: as the real product decides, ties included.
-    """
-    product = factors.double() * middle
-    limits = product.float()
-    if not exact:
-        return limits
-    rounded = limits.double()
-    lower_it = (product < rounded) | ((product == rounded) & torch.as_tensor(upper, device=factors.device))
-    below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-    return torch.where(lower_it, below, limits)
-
-
-def _require_finite(blocks: torch.Tensor) -> None:
-    if not bool(torch.isfinite(blocks).all()):
-        raise NonFiniteWeights(
-            "NaN or infinity among the weights", hint="the checkpoint is damaged: train or copy anew"
-        )

@@ -16,10 +16,10 @@ from core.errors import InvalidCheckpoint, NonFiniteWeights
 from core.formats.elements import element_table, shared_weights
 from core.recipe.tensor_format import TensorFormat, parse
 from core.tensors.blocks import PIECE, BlockGrid
+from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.errors import relative_rms_error
 from core.tensors.nearest import encode_nearest
-from core.tensors.scales import decoded_scales
 
 FORMATS = [
     "int4@8",
@@ -43,6 +43,17 @@ FORMATS = [
     "float5_e2m2-ns@9:rms:fp32",
     "float6_e3m2-ieee@channel",
     "float4_e2m1@8:signmax",
+    "sf4-nu4@16",
+    "af4-l1@16",
+    "bof4-s@16",
+    "bof3-mae@16:search",
+    "power0.7_4@8",
+    "normal4-opt@8:signmax",
+    "int4-mx@8:absmax:e8m0-rceil",
+    "int4@8:rms-search:fp32",
+    "float4_e2m1@8:search:e8m0",
+    "int4@8:absmax:e4m3",
+    "nf4@8:absmax:dq8",
 ]
 SHAPES = [(3, 24), (5, 17), (1, 1), (4, 1), (2, 3, 10), (13,), (), (0, 8)]
 
@@ -54,7 +65,7 @@ def data(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float
 def block_scales(encoded: EncodedTensor) -> torch.Tensor:
     """The decoded scale of each element, in the tensor's shape."""
     grid = BlockGrid.of(encoded.format, encoded.shape)
-    scales = decoded_scales(encoded.format, encoded.scales.reshape(-1))
+    scales = encoded.scale_values
     width = grid.elements if grid.one_scale else grid.width
     spread = scales[:, None].expand(-1, width)
     return grid.from_blocks(spread.contiguous()).reshape(encoded.shape)
@@ -84,9 +95,8 @@ def test_the_parts_are_those_that_were_planned_and_restore_the_tensor(text: str)
     fmt, weight = parse(text), data((6, 50), 3, torch.bfloat16)
     encoded = encode_nearest(weight, fmt)
     planned = EncodedTensor.planned_parts(fmt, (6, 50))
-    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
     assert {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts().items()} == {
-        name: (names[dtype], size) for name, (dtype, size) in planned.items()
+        name: (TORCH_DTYPES[dtype], size) for name, (dtype, size) in planned.items()
     }
     again = EncodedTensor.from_parts(fmt, encoded.shape, "BF16", encoded.parts())
     assert torch.equal(again.decode(), encoded.decode())
