@@ -15,23 +15,32 @@ from core.recipe.tensor_format import TensorFormat, parse
 # family: (example, description)
 _FAMILIES = {
     "int": ("int4-asym@128", "integers: asym with a zero, sym without, mx for shared exponents (BFP, OCP MX)"),
-    "float": ("float4_e2m1@32:absmax:e8m0", "floating point, OCP conventions; float4 fits the exponent bits to the data"),
+    "float": (
+        "float4_e2m1@32:absmax:e8m0",
+        "floating point, OCP conventions; float4 fits the exponent bits to the data",
+    ),
     "normal": ("normal4@64", "cube-root-density codebook for Normal weights; -opt: the block-scaled optimum"),
     "laplace": ("laplace4@64", "cube-root-density codebook for Laplace weights; -opt: the block-scaled optimum"),
     "t": ("t7_4@64:signmax", "cube-root-density codebook for Student-t weights; t_4 fits nu; -opt: the optimum"),
     "nf": ("nf4@64", "NF4: the Normal's quantiles by QLoRA's rule"),
     "sf": ("sf4@64", "SF4: Student-t quantiles by the same rule, nu 5 or -nu<number>"),
-    "af": ("af4-l1@64", "AF4: least absolute error of a normalised block; the published rule, or -l1 for the true optimum"),
+    "af": (
+        "af4-l1@64",
+        "AF4: least absolute error of a normalised block; the published rule, or -l1 for the true optimum",
+    ),
     "bof": ("bof4-s@64", "BOF4: least error of a block of Normal weights; -mae, and -s for the signed maximum"),
     "lloyd": ("lloyd4@64", "Lloyd-Max codebook fitted to each tensor; -weighted by sensitivities"),
-    "power": ("power4@64", "powers of a uniform grid (PowerQuant, NUPES); power0.7_4 gives the exponent, power4 fits it"),
+    "power": (
+        "power4@64",
+        "powers of a uniform grid (PowerQuant, NUPES); power0.7_4 gives the exponent, power4 fits it",
+    ),
 }
 _OUTLIER_VALUE_BITS = 16
 _LONG = 1 << 24  # elements of the tensor that shares of outliers are counted on
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One entry per family, alias and block type: name, kind, description, an example, widths that an allocator tries."""
+    """One entry per family, alias and block type: name, kind, description, an example, widths for an allocator."""
     families = [
         {
             "name": name,

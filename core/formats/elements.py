@@ -83,6 +83,11 @@ def started(fmt: TensorFormat) -> TensorFormat:
     return fmt if fmt.fitted is None else fmt.with_fitted(start[fmt.fitted])
 
 
+def is_open(fmt: TensorFormat) -> bool:
+    """Whether the table is fitted to each tensor."""
+    return fmt.fitted is not None or fmt.family == "lloyd"
+
+
 def depends_on_block(fmt: TensorFormat) -> bool:
     """Whether the codebook depends on how many weights share a scale."""
     return fmt.family in (*_DEPEND_ON_BLOCK, "lloyd") and fmt.base_statistic != "rms"
@@ -150,5 +155,5 @@ def _root_density(fmt: TensorFormat, block: int | None) -> tuple[float, ...]:
 
 
 def _even_above(low: float) -> bool:
-    """Between integers: whether the upper one is even; between halves: counted from one half."""
-    return (low + 1) % 2 == 0 if low == int(low) else (low + 0.5) % 2 == 0
+    """Between integers: whether the upper one is even; between halves: whether it is, counted from minus one half."""
+    return (low + 1) % 2 == 0 if low == int(low) else (low + 0.5) % 2 == 1

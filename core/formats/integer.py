@@ -1,9 +1,9 @@
 """Integer elements.
 
-    asym  from -n/2 to n/2 - 1
-    sym   symmetric about 0 (halves for even n, so without a zero)
-    mx    the shared-exponent integers of block floating point and OCP MX: k / 2^(b-2) for |k| < 2^(b-1), so that the
-          scale's exponent is that of the block's largest magnitude; the code of -2^(b-1) is read and never written
+asym  from -n/2 to n/2 - 1
+sym   symmetric about 0 (halves for even n, so without a zero)
+mx    the shared-exponent integers of block floating point and OCP MX: k / 2^(b-2) for |k| < 2^(b-1), so that the
+      scale's exponent is that of the block's largest magnitude; the code of -2^(b-1) is read and never written
 """
 
 from __future__ import annotations

@@ -93,6 +93,15 @@ def group_of(codes: int) -> int:
     return lcm(*(plane.group for plane in planes(codes)))
 
 
+def plane_places(codes: int, count: int, start: int) -> list[int]:
+    """Where among the bytes of `count` packed codes those from code `start`, a group's first, lie: plane by plane."""
+    places, offset = [], 0
+    for plane in planes(codes):
+        places.append(offset + start // plane.group * plane.width)
+        offset += plane.nbytes(count)
+    return places
+
+
 def _awkwardness(low: GroupLayout) -> tuple[bool, int]:
     """Powers of two first: their digits are masks and shifts."""
     return low.radix & (low.radix - 1) != 0, low.radix
@@ -132,8 +141,8 @@ def stored_parts(
 
     `codes`: packed, U8, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are multiplied with.
     `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from which alone it is
-    decoded. `fitted`: the parameter that was fitted. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of a
-    random rotation. `outliers` is their number where the data decide it; MethodNotAvailable without it.
+    decoded. `fitted`: the parameter that was fitted. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of
+    a random rotation. `outliers` is their number where the data decide it; MethodNotAvailable without it.
     """
     if fmt.is_block_type:
         return {"codes": ("U8", (_block_bytes(fmt, shape),))}

@@ -100,7 +100,9 @@ def _encode(
 ) -> TensorResult:
     weight = read_tensor(source, tensor.name).to(device)
     try:
-        encoded = round_tensor(weight, parse(tensor.format), rounding, sensitivity=sensitivities.get(tensor.name), seed=seed)
+        encoded = round_tensor(
+            weight, parse(tensor.format), rounding, sensitivity=sensitivities.get(tensor.name), seed=seed
+        )
     except BitmillError as error:
         raise error.at(tensor.name) from None
     for suffix, data in encoded.parts().items():

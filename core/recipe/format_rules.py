@@ -103,6 +103,7 @@ def check(fmt: TensorFormat) -> None:
     _check_table(fmt)
     _check_statistic(fmt)
     _check_scale(fmt)
+    _check_double(fmt)
     _check_options(fmt)
 
 
@@ -138,7 +139,9 @@ def _check_float(fmt: TensorFormat) -> None:
     exponent, mantissa = fmt.exponent_bits, fmt.mantissa_bits
     if exponent is None and mantissa is None:
         if fmt.bits != int(fmt.bits) or not 3 <= fmt.bits <= 8 or fmt.mode:
-            raise InvalidFormat("exponent bits are fitted for whole widths from 3 to 8 bits, without a mode", hint="float4")
+            raise InvalidFormat(
+                "exponent bits are fitted for whole widths from 3 to 8 bits, without a mode", hint="float4"
+            )
         return
     if exponent is None or mantissa is None or 1 + exponent + mantissa != fmt.bits:
         raise InvalidFormat(
@@ -193,7 +196,9 @@ def _check_mode(fmt: TensorFormat) -> None:
 
 def _check_table(fmt: TensorFormat) -> None:
     if fmt.family in ("nf", "sf", "af", "bof") and (fmt.codes % 2 or fmt.codes < _LEAST_LEVELS):
-        raise InvalidFormat(f"{fmt.family} is a table with an even number of at least 4 codes", hint=f"{fmt.family}4@64")
+        raise InvalidFormat(
+            f"{fmt.family} is a table with an even number of at least 4 codes", hint=f"{fmt.family}4@64"
+        )
     if (fmt.family in ("bof", "af") or fmt.mode == "opt") and fmt.codes > _MOST_SOLVED:
         raise InvalidFormat(f"{fmt.element} is solved for up to {_MOST_SOLVED} codes", hint=f"{fmt.family}8@64")
     if fmt.family in ("lloyd", "power") and not 3 <= fmt.codes <= 4096:
@@ -204,7 +209,9 @@ def _check_table(fmt: TensorFormat) -> None:
 
 def _check_statistic(fmt: TensorFormat) -> None:
     if fmt.family in _ON_UNIT_INTERVAL and fmt.base_statistic == "rms":
-        raise InvalidFormat(f"{fmt.family} is a table on [-1, 1], which rms does not scale to", hint=f"{fmt.element}@64")
+        raise InvalidFormat(
+            f"{fmt.family} is a table on [-1, 1], which rms does not scale to", hint=f"{fmt.element}@64"
+        )
     if fmt.fitted == "exponent_bits" and fmt.statistic == "rms":
         raise InvalidFormat("exponent bits are fitted together with a scale", hint=f"{fmt.element}@channel:rms-search")
     is_signed = fmt.family == "bof" and fmt.mode.startswith("s")
@@ -225,6 +232,13 @@ def _check_scale(fmt: TensorFormat) -> None:
         raise InvalidFormat(f"the rule {rule} needs an element with an exponent", hint="e8m0, or float4_e2m1, int4-mx")
     if rule and fmt.base_statistic == "rms":
         raise InvalidFormat(f"the rule {rule} starts from the absmax", hint="absmax, or e8m0 without a rule")
+
+
+def _check_double(fmt: TensorFormat) -> None:
+    """Scales of dq8 are never exactly 0: only a zero among the values decodes zeros to zeros."""
+    has_none = fmt.family == "lloyd" or fmt.mode == "opt" or (fmt.mode == "sym" and fmt.codes % 2 == 0)
+    if fmt.scale_format == "dq8" and has_none:
+        raise InvalidFormat("dq8 scales need a table with a zero", hint="nf4@64:dq8, or bf16 scales")
 
 
 def _check_options(fmt: TensorFormat) -> None:

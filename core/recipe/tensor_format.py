@@ -8,7 +8,7 @@
     scale_format = "bf16" | "fp16" | "fp32" | "e8m0" [ "-" rule ] | "e4m3" | "dq8"
     option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "hadamard" | "rotate" | "unbiased"
 
-`t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits, exponent), `lloyd4` its whole codebook: these are
+`t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits, exponent), `lloyd4` its whole codebook: that is
 fitted to each tensor. A `TensorFormat` that exists can be encoded: impossible combinations are refused when it is made
 (`core.recipe.format_rules`), with the reason and the nearest format that works. Every format has one canonical text,
 and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes: `core.tensors`.

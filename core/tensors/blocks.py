@@ -64,6 +64,13 @@ class BlockGrid:
         """Scales of the tensor."""
         return 1 if self.one_scale else (self.elements // self.columns) * self.blocks_per_row
 
+    @property
+    def kernel_blocks(self) -> tuple[int, int]:
+        """(columns, width) as compiled loops count: the count starts anew where a row ends in a short block."""
+        if self.one_scale:
+            return max(self.elements, 1), max(self.elements, 1)
+        return (self.columns, self.width) if self.ragged else (self.width, self.width)
+
     def pieces(self, group: int, limit: int = PIECE) -> Iterator[Piece]:
         """The tensor in pieces of about `limit` elements, cut at multiples of `group` elements and at blocks."""
         unit = 1 if self.one_scale else self.columns if self.ragged else self.width
@@ -94,10 +101,10 @@ class BlockGrid:
         rows = blocks.reshape(-1, self.blocks_per_row * self.width)
         return rows[:, : self.columns].reshape(-1)
 
-    def counts(self, blocks: torch.Tensor) -> torch.Tensor | int:
-        """How many elements of each block are real: (blocks, 1), or one number for all."""
-        if self.one_scale or not self.ragged:
-            return blocks.shape[1]
-        row = torch.full((self.blocks_per_row,), self.width, device=blocks.device, dtype=torch.float64)
+    def counts(self, blocks: int, device: torch.device) -> torch.Tensor | int:
+        """How many elements each of so many blocks of whole rows has: (blocks,), or one number for all."""
+        if not self.ragged:
+            return self.width
+        row = torch.full((self.blocks_per_row,), self.width, device=device, dtype=torch.float64)
         row[-1] = self.ragged
-        return row.repeat(blocks.shape[0] // self.blocks_per_row)
+        return row.repeat(blocks // self.blocks_per_row)

@@ -18,14 +18,17 @@ from core.errors import BitmillError, InvalidCheckpoint
 from core.formats import integer
 from core.formats.block_types import BLOCK_TYPES
 from core.formats.elements import element_table, shared_weights, stored_codes
-from core.formats.stored import group_of, matrix_shape, planes, scale_shape, stored_parts
+from core.formats.stored import group_of, matrix_shape, plane_places, planes, scale_shape, stored_parts
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.dtypes import TORCH_DTYPES
+from core.tensors.kernels import cpu, cpu_packing, gpu
 from core.tensors.packing import unpack_planes
 from core.tensors.scale_formats import decoded_scales, undo_double
+
+_KERNEL_CODES = 256
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,36 @@ class EncodedTensor:
             return undo_double(self.stored)
         return decoded_scales(self.format, self.scales.reshape(-1), self.stored.get("tensor_scale"))
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The tensor in its shape, on the device of the parts."""
+    def decode(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor in its shape, on the device of the parts.
+
+        `out`: flat memory of that dtype and device to decode into, for whoever has some; it costs more to get new.
+        """
         if self.format.is_block_type:
             count, columns = matrix_shape(self.shape)
             blocks = self.codes.reshape(count, BLOCK_TYPES[self.format.mode].row_bytes(columns))
             return rows.decode_rows(self.format.mode, blocks, columns).reshape(self.shape).to(self.codes.device, dtype)
         rotated = self.format.rotation is not None
-        flat = torch.empty(self.elements, dtype=torch.float32 if rotated else dtype, device=self.codes.device)
-        grid = self.grid
-        for piece in grid.pieces(self.group):
-            flat[piece.start : piece.stop] = self.decode_piece(grid, piece)
+        flat = self._dense(torch.float32 if rotated else dtype, None if rotated else out)
         if rotated:
             flat = self._rotated_back(flat).to(dtype)
         if "outlier_index" in self.stored:
             outliers.overwrite(flat, self._outlier_places, self.stored["outlier_values"])
         return flat.reshape(self.shape)
+
+    def _dense(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+        """All elements, flat, before rotation and outliers."""
+        found = gpu.decode(self, dtype) if self.codes.device.type == "cuda" else None
+        if found is not None:
+            return found
+        flat = torch.empty(self.elements, dtype=dtype, device=self.codes.device) if out is None else out
+        grid = self.grid
+        over = cpu.over_pieces if self._has_kernel else map
+        work = over(
+            lambda piece: self._decode_into(flat[piece.start : piece.stop], grid, piece), grid.pieces(self.group)
+        )
+        list(work)
+        return flat
 
     def decoded_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Pieces of the tensor with their flat fp32 elements; one at a time where the format allows it."""
@@ -135,8 +152,16 @@ class EncodedTensor:
 
     def decode_piece(self, grid: BlockGrid, piece: Piece) -> torch.Tensor:
         """The flat elements of a piece, fp32, before rotation and outliers."""
-        values = grid.to_blocks(self._values(self._piece_codes(piece)))
-        return grid.from_blocks(values * self.scale_values[piece.first : piece.last, None])
+        out = torch.empty(piece.stop - piece.start, device=self.codes.device)
+        self._decode_into(out, grid, piece)
+        return out
+
+    def _decode_into(self, out: torch.Tensor, grid: BlockGrid, piece: Piece) -> None:
+        codes, scales = self._piece_codes(piece), self.scale_values[piece.first : piece.last]
+        if self._has_kernel and out.dtype in cpu.OUTPUTS:
+            cpu.decode(codes, self.table, scales, *grid.kernel_blocks, out)
+        else:
+            out.copy_(grid.from_blocks(grid.to_blocks(self._values(codes)) * scales[:, None]))
 
     @cached_property
     def _outlier_places(self) -> torch.Tensor:
@@ -152,18 +177,20 @@ class EncodedTensor:
         return flat
 
     def _piece_codes(self, piece: Piece) -> torch.Tensor:
-        count, offset, pieces = piece.stop - piece.start, 0, []
-        for plane in planes(self.format.codes):
-            begin = offset + piece.start // plane.group * plane.width
-            pieces.append(self.codes[begin : begin + plane.nbytes(count)])
-            offset += plane.nbytes(self.elements)
-        return unpack_planes(pieces, self.format.codes, count)
+        count, radix = piece.stop - piece.start, self.format.codes
+        places = plane_places(radix, self.elements, piece.start)
+        sizes = [plane.nbytes(count) for plane in planes(radix)]
+        pieces = [self.codes[at : at + size] for at, size in zip(places, sizes, strict=True)]
+        if self._has_kernel:
+            return cpu_packing.unpack_planes(pieces, radix, count)
+        return unpack_planes(pieces, radix, count)
+
+    @property
+    def _has_kernel(self) -> bool:
+        return self.codes.device.type == "cpu" and self.format.codes <= _KERNEL_CODES
 
     def _values(self, codes: torch.Tensor) -> torch.Tensor:
-        """Table values of codes, fp32; codes that no table has decode to 0 (hostile bytes cannot read beyond it)."""
-        if self.format.family == "int":
-            levels = codes.float() + integer.lowest(self.format.mode, self.format.codes)
-            return levels * integer.step(self.format.mode, self.format.codes)
+        """Table values of codes, fp32; codes beyond the table take its last value (hostile bytes cannot read there)."""
         return torch.index_select(self.table, 0, codes.int().clamp_(max=self.table.numel() - 1))
 
     @cached_property
@@ -171,6 +198,11 @@ class EncodedTensor:
         """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number."""
         if self.codebook is not None:
             return self.codebook
+        if self.format.family == "int":
+            levels = torch.arange(self.format.codes, dtype=torch.float32, device=self.codes.device)
+            return (levels + integer.lowest(self.format.mode, self.format.codes)) * integer.step(
+                self.format.mode, self.format.codes
+            )
         fmt = self.format if self.format.fitted is None else self._resolved()
         values = element_table(fmt, shared_weights(fmt, self.shape)).values
         codes = stored_codes(fmt, len(values)) or tuple(range(len(values)))

@@ -1,7 +1,7 @@
 """Tables that are fitted to a tensor: what a format leaves open is chosen by the least squared error.
 
 `t_4` chooses nu, `power4` the exponent, `float4` the exponent bits, `lloyd4` all values (weighted by sensitivities in
-the mode `weighted`). One pass over the tensor gathers a histogram of weight / scale; all candidates are judged on it, so
+the mode `weighted`). One pass over the tensor gathers a histogram of weight / scale, on which candidates are judged:
 fitting costs about as much as encoding. Deterministic; what was chosen is stored with the tensor.
 """
 
@@ -52,7 +52,9 @@ def fitted_table(
 
 def _weights(fmt: TensorFormat, shape: tuple[int, ...], row_weights: torch.Tensor | None) -> ErrorWeights:
     if row_weights is None:
-        raise MethodNotAvailable(f"{fmt} weighs errors by sensitivities, and there are none", hint="lloyd4 without mode")
+        raise MethodNotAvailable(
+            f"{fmt} weighs errors by sensitivities, and there are none", hint="lloyd4 without mode"
+        )
     rows, columns = matrix_shape(shape)
     if row_weights.numel() != rows:
         raise InvalidFormat(f"sensitivities of {row_weights.numel()} rows for {rows}", where=str(fmt))

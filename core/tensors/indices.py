@@ -82,7 +82,7 @@ def _counted(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, tab
 
 
 def _searched(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
-    """A search in the quotients, then one step down or up where the exact limit says so."""
+    """A search in the quotients, then steps down or up where the exact limit says so."""
     count = len(table.values)
     middles = torch.tensor(table.limits, dtype=torch.float64, device=blocks.device)
     upper = torch.tensor(table.upper_on_tie, device=blocks.device)
@@ -95,6 +95,10 @@ def _searched(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, ta
         limits = limits_of(middles[inside], factors[:, None], upper[inside], exact=not fmt.is_codebook)
         return blocks > limits
 
-    indices -= ((indices > 0) & ~above(indices - 1)).int()
-    indices += ((indices < count - 1) & above(indices)).int()
+    while bool(
+        (down := (indices > 0) & ~above(indices - 1)).any()
+    ):  # once, but for scales so small that limits coincide
+        indices -= down.int()
+    while bool((up := (indices < count - 1) & above(indices)).any()):
+        indices += up.int()
     return indices

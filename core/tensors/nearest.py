@@ -13,20 +13,19 @@ from collections.abc import Iterator
 
 import torch
 
-from core.errors import NonFiniteWeights
-from core.formats.elements import ElementTable, element_table, shared_weights, stored_codes
-from core.formats.stored import group_of, matrix_shape, packed_bytes, planes
+from core.formats.elements import element_table, is_open, shared_weights
+from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
-from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.blocks import PIECE, BlockGrid, Piece
 from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor, scales_like
-from core.tensors.fitted import Fitted, fitted_table
-from core.tensors.indices import nearest_indices
-from core.tensors.packing import pack_planes
-from core.tensors.scale_formats import decoded_scales, double_quantised, stored_scales, tensor_scale, undo_double
-from core.tensors.scales import statistic_of
+from core.tensors.fitted import fitted_table
+from core.tensors.kernels import gpu
+from core.tensors.passes import passes_for, refuse_not_finite
+from core.tensors.scale_formats import decoded_scales, double_quantised, stored_scales, tensor_scale
+from core.tensors.scales import sum_of_squares
 from core.tensors.search import best_scales
 from core.tensors.unbiased import unbiased
 
@@ -43,7 +42,8 @@ def encode_nearest(
     """
     shape, dtype = tuple(weight.shape), SAFETENSORS_NAMES[weight.dtype]
     weight = weight.detach()
-    require_finite(weight)
+    if fmt.is_block_type or fmt.outlier_rule or fmt.rotation:
+        require_finite(weight)
     if fmt.is_block_type:
         blocks = rows.encode_rows(fmt.mode, weight.reshape(matrix_shape(shape))).reshape(-1)
         return EncodedTensor(fmt, shape, dtype, {"codes": blocks.to(weight.device)})
@@ -56,18 +56,10 @@ def encode_nearest(
 def require_finite(weight: torch.Tensor) -> None:
     """NonFiniteWeights with the place of the first NaN or infinity."""
     flat = weight.reshape(-1)
-    for start in range(0, flat.numel(), _CHECKED):
-        finite = torch.isfinite(flat[start : start + _CHECKED])
+    for start in range(0, flat.numel(), PIECE):
+        finite = torch.isfinite(flat[start : start + PIECE])
         if not bool(finite.all()):
-            place = start + int((~finite).to(torch.uint8).argmax())
-            index = [int(at) for at in torch.unravel_index(torch.tensor(place), weight.shape)]
-            raise NonFiniteWeights(
-                f"NaN or infinity among the weights, the first at {index}",
-                hint="the checkpoint is damaged: copy it anew, or keep the tensor by an override",
-            )
-
-
-_CHECKED = 1 << 20
+            raise refuse_not_finite(tuple(weight.shape), start + int((~finite).to(torch.uint8).argmax()))
 
 
 def _prepared(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, Parts]:
@@ -101,54 +93,56 @@ class _Encoder:
         self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], row_weights: torch.Tensor | None
     ) -> None:
         self.flat, self.fmt, self.shape = flat, fmt, shape
-        self.grid = BlockGrid.of(fmt, shape)
-        self.group = group_of(fmt.codes)
+        self.grid, self.passes = BlockGrid.of(fmt, shape), passes_for(flat, fmt, shape)
+        self.table = element_table(fmt, shared_weights(fmt, shape))
+        self.fitted: float | None = None
+        self.on_gpu = self._on_gpu() if flat.device.type == "cuda" else None
+        if self.on_gpu is not None:
+            return
         self.extreme = self._statistic()
-        self.fit = Fitted(element_table(fmt, shared_weights(fmt, shape)))
-        if fmt.fitted is not None or fmt.family == "lloyd":
+        if is_open(fmt):
             scales = self.extreme if fmt.family == "float" else self._scales(searched=False)[1]
-            self.fit = fitted_table(flat, fmt, shape, scales, row_weights)
-
-    @property
-    def table(self) -> ElementTable:
-        return self.fit.table
+            fit = fitted_table(flat, fmt, shape, scales, row_weights)
+            self.table, self.fitted = fit.table, fit.value
 
     def parts(self) -> Parts:
         """What is stored of the dense tensor."""
         device = self.flat.device
-        stored, factors = self._scales(searched=self.fmt.is_searched)
-        made: Parts = {"codes": self._codes(factors), **stored}
+        made: Parts = self.on_gpu or self._coded()
         if self.fmt.is_codebook:
             made["codebook"] = torch.tensor(self.table.values, dtype=torch.float32, device=device)
-        if self.fit.value is not None:
-            made["fitted"] = torch.tensor([self.fit.value], dtype=torch.float64, device=device)
+        if self.fitted is not None:
+            made["fitted"] = torch.tensor([self.fitted], dtype=torch.float64, device=device)
         return made
 
-    def _blocks(self, piece: Piece) -> torch.Tensor:
-        """(blocks, width) fp32 of a piece."""
-        return self.grid.to_blocks(self.flat[piece.start : piece.stop].float())
+    def _on_gpu(self) -> Parts | None:
+        """Codes and scales in one pass, where a kernel makes them."""
+        found = gpu.encode(self.flat.reshape(self.shape), self.fmt, self.table)
+        if found is None:
+            return None
+        if not bool(found.finite):
+            require_finite(self.flat.reshape(self.shape))
+        return {"codes": found.codes, "scales": found.scales}
+
+    def _coded(self) -> Parts:
+        stored, factors = self._scales(searched=self.fmt.is_searched)
+        return {"codes": self._codes(factors), **stored}
 
     def _pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which blocks, and their elements, (blocks, width)."""
         for piece in self.grid.pieces(1):
-            yield slice(piece.first, piece.last), self._blocks(piece)
+            yield slice(piece.first, piece.last), self.grid.to_blocks(self.flat[piece.start : piece.stop])
 
     def _statistic(self) -> torch.Tensor:
         """absmax, signed extreme or rms of all blocks, flat fp32."""
-        name = self.fmt.base_statistic
-        if self.grid.one_scale:
-            return self._tensor_statistic(name)
-        found = [statistic_of(blocks, name, self.grid.counts(blocks)) for _, blocks in self._pieces()]
-        return torch.cat(found) if found else torch.zeros(0, device=self.flat.device)
-
-    def _tensor_statistic(self, name: str) -> torch.Tensor:
-        """The one statistic of a tensor, (1,), gathered piece by piece."""
-        extreme = torch.zeros(1, device=self.flat.device)
-        squares = torch.zeros(1, dtype=torch.float64, device=self.flat.device)
-        for _, blocks in self._pieces():
-            found = statistic_of(blocks, name, 1)
-            squares += found.double().square() if name == "rms" else 0
-            extreme = torch.where(found.abs() > extreme.abs(), found, extreme)
-        return (squares / max(self.grid.elements, 1)).sqrt().float() if name == "rms" else extreme
+        found = self.passes.over(self.passes.statistics, self.grid.pieces(1))
+        if not found:
+            return torch.zeros(self.grid.blocks if self.grid.one_scale else 0, device=self.flat.device)
+        squares = [one for _, one in found if one is not None]
+        if squares:
+            return _rms(torch.cat(squares), self.grid)
+        extremes = torch.cat([one for one, _ in found])
+        return extremes[extremes.abs().argmax()].reshape(1) if self.grid.one_scale else extremes
 
     def _scales(self, *, searched: bool) -> tuple[Parts, torch.Tensor]:
         """The stored scales with all that belongs to them, and the scales as decoded, flat fp32."""
@@ -160,25 +154,30 @@ class _Encoder:
             flat = stored_scales(self.fmt, self.table, self.extreme, constant)
         if self.fmt.scale_format == "dq8":
             made = double_quantised(flat)
-            return made | {"scales": scales_like(self.fmt, self.shape, made["scales"])}, undo_double(made)
+            return made | {"scales": scales_like(self.fmt, self.shape, made["scales"])}, flat  # bitsandbytes' order
         made = {"scales": scales_like(self.fmt, self.shape, flat)}
         return made | ({} if constant is None else {"tensor_scale": constant}), decoded_scales(self.fmt, flat, constant)
 
     def _codes(self, factors: torch.Tensor) -> torch.Tensor:
         """Packed codes, uint8."""
+        if self.flat.device.type == "cuda":
+            found = gpu.encode_codes(self.flat.reshape(self.shape), self.fmt, self.table, factors)
+            if found is not None:
+                return found
         count = self.grid.elements
         packed = torch.empty(packed_bytes(self.fmt.codes, count), dtype=torch.uint8, device=self.flat.device)
-        patterns = stored_codes(self.fmt, len(self.table.values))
-        lookup = None if patterns is None else torch.tensor(patterns, device=self.flat.device)
-        for piece in self.grid.pieces(self.group):
-            scales = factors[piece.first : piece.last]
-            indices = self.grid.from_blocks(nearest_indices(self._blocks(piece), scales, self.fmt, self.table))
-            self._place(packed, piece, indices if lookup is None else lookup[indices.long()])
+
+        def place(piece: Piece) -> None:
+            data = self.passes.codes(piece, factors[piece.first : piece.last], self.table)
+            for target, plane in zip(plane_places(self.fmt.codes, count, piece.start), data, strict=True):
+                packed[target : target + plane.numel()] = plane
+
+        self.passes.over(place, self.grid.pieces(group_of(self.fmt.codes)))
         return packed
 
-    def _place(self, packed: torch.Tensor, piece: Piece, codes: torch.Tensor) -> None:
-        offset = 0
-        for plane, data in zip(planes(self.fmt.codes), pack_planes(codes, self.fmt.codes), strict=True):
-            begin = offset + piece.start // plane.group * plane.width
-            packed[begin : begin + data.numel()] = data
-            offset += plane.nbytes(self.grid.elements)
+
+def _rms(squares: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    """Root mean square of each block from sums of squares; of a tensor with one scale, from those of its pieces."""
+    if grid.one_scale:
+        return (sum_of_squares(squares.sqrt()[None]) / max(grid.elements, 1)).sqrt().float()
+    return (squares / grid.counts(squares.numel(), squares.device)).sqrt().float()

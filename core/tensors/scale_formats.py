@@ -58,7 +58,8 @@ def tensor_scale(fmt: TensorFormat, table: ElementTable, largest: torch.Tensor) 
         return None
     room = _FOUR_SIX_LARGEST if fmt.statistic == "fouroversix" else _E4M3_LARGEST
     divisor = room * abs(end_of(fmt, table))
-    constant = (largest.abs().reshape(1) / divisor).clamp_(max=_largest_scale(divisor, torch.float32))
+    quotient = largest.abs().reshape(1) / largest.new_tensor(divisor)
+    constant = quotient.clamp_(max=_largest_scale(divisor, torch.float32))
     rounded_up = torch.nextafter(constant, torch.full_like(constant, math.inf))
     constant = torch.where(constant < _FP32_NORMAL, rounded_up, constant)
     return torch.where(largest == 0, torch.ones_like(constant), constant)
@@ -76,7 +77,7 @@ def stored_scales(
     """
     if fmt.scale_format.startswith("e8m0"):
         return _e8m0(fmt, table, extreme, round(math.log2(factor)))
-    wanted = extreme / end_of(fmt, table)
+    wanted = extreme / extreme.new_tensor(end_of(fmt, table))  # by a number, CUDA would multiply with its inverse
     wanted = wanted if factor == 1 else wanted * factor
     if fmt.scale_format == "e4m3":
         return _e4m3(wanted / _given(constant), keeps_zero=table.values[table.zero] != 0)

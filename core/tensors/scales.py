@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import torch
 
-_SEGMENT = 4096
 
-
-def statistic_of(blocks: torch.Tensor, name: str, counts: torch.Tensor | int) -> torch.Tensor:
-    """absmax, signmax (signed) or rms of each row of (blocks, width), fp32; `counts` are the real elements of a row."""
-    if name == "rms":
-        return (sum_of_squares(blocks) / counts).sqrt().float()
-    return signed_extreme(blocks) if name == "signmax" else absmax(blocks)
+def extreme_of(blocks: torch.Tensor, statistic: str) -> torch.Tensor:
+    """The largest magnitude of each row of (blocks, width), fp32; signed under signmax."""
+    return signed_extreme(blocks) if statistic == "signmax" else absmax(blocks)
 
 
 def absmax(blocks: torch.Tensor) -> torch.Tensor:
@@ -23,7 +19,7 @@ def absmax(blocks: torch.Tensor) -> torch.Tensor:
     if blocks.shape[1] == 0:
         return blocks.new_zeros(blocks.shape[0])
     low, high = torch.aminmax(blocks, dim=1)
-    return torch.maximum(high, -low)
+    return torch.maximum(high, -low) + 0.0  # zeros give +0
 
 
 def signed_extreme(blocks: torch.Tensor) -> torch.Tensor:
@@ -37,13 +33,17 @@ def signed_extreme(blocks: torch.Tensor) -> torch.Tensor:
         rows = blocks[tied]
         first = (rows.abs() == high[tied][:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
         extreme[tied] = rows.gather(1, first).squeeze(1)
-    return extreme
+    return extreme + 0.0
 
 
 def sum_of_squares(blocks: torch.Tensor) -> torch.Tensor:
-    """Of each row, fp64; row segments are summed on their own first, so the order is the same for any thread count."""
+    """Of each row, fp64: neighbours are added in pairs until one number is left, an odd one out stays as it is.
+
+    Only additions of elements, so the same on any device and for any number of threads.
+    """
     squares = blocks.double().square_()
-    while squares.shape[1] > _SEGMENT:
-        padding = -squares.shape[1] % _SEGMENT
-        squares = torch.nn.functional.pad(squares, (0, padding)).view(squares.shape[0], -1, _SEGMENT).sum(dim=2)
-    return squares.sum(dim=1)
+    while squares.shape[1] > 1:
+        if squares.shape[1] % 2:
+            squares = torch.nn.functional.pad(squares, (0, 1))
+        squares = squares[:, 0::2] + squares[:, 1::2]
+    return squares.reshape(len(blocks)) if squares.shape[1] else squares.sum(dim=1)

@@ -68,9 +68,8 @@ def best_scales(
 def block_error(blocks: torch.Tensor, scales: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
     """The squared error of each of (blocks, width) fp32 under its decoded scale, (blocks,) fp64.
 
-    Squares are added in a fixed order, whatever the device, the threads and the pieces are: segments of 4096 elements
-    one after the other; within a segment, filled with 0 to a power of two, the upper half joins the lower until one
-    number is left.
+    Squares are added in a fixed order, whatever the device and the threads are: segments of 4096 elements one after the
+    other; within a segment, filled with 0 to a power of two, the upper half joins the lower until one number is left.
     """
     values = torch.tensor(table.values, dtype=torch.float32, device=blocks.device)
     decoded = values[nearest_indices(blocks, scales, fmt, table).long()] * scales[:, None]
@@ -124,7 +123,11 @@ def _e4m3_neighbours(
 
     A block of zeros keeps the scale that it has without a search.
     """
-    wanted = extreme / end_of(fmt, table) / (torch.ones(1, device=extreme.device) if constant is None else constant)
+    wanted = (
+        extreme
+        / extreme.new_tensor(end_of(fmt, table))
+        / (torch.ones(1, device=extreme.device) if constant is None else constant)
+    )
     plain = stored_scales(fmt, table, extreme, constant)
     grid = e4m3_values().to(extreme.device)
     first = torch.bucketize(wanted.abs(), grid).clamp(max=grid.numel() - 1)

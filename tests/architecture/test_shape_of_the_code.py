@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = ("api", "cli", "core", "migrations", "models", "worker")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-HEAVY = {"torch", "transformers", "triton", "scipy"}
+HEAVY = {"torch", "transformers", "triton", "scipy", "numba"}
 
 
 def function_lengths(path: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -25,19 +25,21 @@ from api.routes import artefacts, catalogues, checkpoints, events, health, jobs,
 from cli.main import app
 from core.config import Settings
 from core.errors import BitmillError
-from core.exports.layout import WeightFile, stored_tensor
+from core.exports.layout import StoredTensor, WeightFile
+from core.formats.block_types import BLOCK_TYPES, TILE_TYPES, TileElement
 from core.jobs import events as job_events
 from core.recipe import exports, rounding, tensor_format
 from core.recipe.allocation import AllocationSpec
 from core.recipe.calibration import CalibrationSpec, EvaluationSpec
+from core.recipe.format_names import OPTIONS, split_option
 from core.recipe.override import Override
 from core.recipe.recipe import Gate, Recipe, load_recipe
 from core.recipe.target import Target
 from core.recipe.tensor_format import parse
-from core.storage.safetensors_header import TensorEntry
+from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.nearest import encode_nearest
-from core.tensors.writer import SafetensorsWriter
+from core.tensors.writer import Part, SafetensorsWriter
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -203,16 +205,42 @@ def test_recipes_in_the_documentation_can_be_carried_out(page: Path) -> None:
 
 def test_the_names_that_are_not_available_are_owned_up_to() -> None:
     later = {*AllocationSpec.LATER, *exports.LATER, *rounding.RoundingSpec.LATER}
-    later |= {*tensor_format.LATER_FAMILIES, *tensor_format.LATER_STATISTICS}
+    later |= {*tensor_format.LATER_FAMILIES}
     assert later - named_in("README.md") == set()
-    assert set(tensor_format.LATER_ALIASES) - named_in("docs/formats.md") == set()
 
 
-def test_every_family_statistic_scale_format_and_alias_is_in_formats() -> None:
+def test_the_names_of_formats_that_are_not_available_are_owned_up_to() -> None:
+    later = {*tensor_format.LATER_FAMILIES, *(f"+{name}" for name in tensor_format.LATER_OPTIONS)}
+    assert later - named_in("docs/formats.md") == set()
+
+
+def test_every_family_statistic_scale_format_option_and_alias_is_in_formats() -> None:
     families = {*tensor_format.FAMILIES, "t<nu>_"} - {"t"}
     known = {*families, *tensor_format.STATISTICS, *tensor_format.SCALE_FORMATS}
     assert known - named_in("docs/formats.md") == set()
-    assert {row[0]: row[1] for row in table("docs/formats.md", "aliases")} == tensor_format.ALIASES
+    options = {re.split(r"[\d.]", row[0], maxsplit=1)[0] for row in table_of_column("docs/formats.md", "option")}
+    assert options == {f"+{name}" for name in OPTIONS}
+    assert {row[0]: row[1] for row in table("docs/formats.md", "aliases")} == {
+        name: str(parse(written)) for name, written in tensor_format.ALIASES.items()
+    }
+
+
+def table_of_column(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table whose first column has that heading."""
+    found = re.search(rf"(?m)^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text(page))
+    assert found, f"{page} has no table of {heading}"
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+
+
+def test_every_block_type_is_in_formats_with_its_size() -> None:
+    rows = {row[0]: row[1:4] for row in table("docs/formats.md", "blocks")}
+    known = {name: kind for name, kind in BLOCK_TYPES.items() if name not in tensor_format.ALIASES}
+    codebooks = {name for name in known if name in TILE_TYPES and TILE_TYPES[name].element.kind == "codebook"}
+    expected = {name: [str(kind.elements), str(kind.nbytes), f"{kind.bits:g}"] for name, kind in known.items()}
+    assert rows == {name: sizes for name, sizes in expected.items() if name not in codebooks}
+    page = text("docs/formats.md")
+    for name in codebooks:
+        assert re.search(rf"`{name}`\s{known[name].bits:g}\b", page)
 
 
 @pytest.mark.parametrize("row", table("docs/formats.md", "canonical"), ids=lambda row: row[0])
@@ -252,14 +280,18 @@ def test_json_in_the_pages_is_json() -> None:
             json.loads(document)
 
 
+EXAMPLE_PARTS = ("codes", "scales", "outlier_values", "outlier_index")
+
+
 @pytest.mark.parametrize("document", fenced("docs/artefact.md", "json", "example"))
 def test_the_examples_of_the_layout_are_what_the_coder_writes(document: str) -> None:
     example = json.loads(document)
     weight = torch.tensor(example["weight"], dtype=torch.float32).reshape(example["shape"])
     encoded = encode_nearest(weight, parse(example["format"]))
-    scales = encoded.scales.reshape(-1).view(torch.uint8)
-    assert bytes(encoded.codes.tolist()).hex(" ") == example["codes"]
-    assert bytes(scales.tolist()).hex(" ") == example["scales"]
+    parts = {name: part.reshape(-1).view(torch.uint8).tolist() for name, part in encoded.parts().items()}
+    assert {name: bytes(part).hex(" ") for name, part in parts.items()} == {
+        name: example[name] for name in EXAMPLE_PARTS if name in example
+    }
     assert encoded.decode().reshape(-1).tolist() == example["decoded"]
 
 
@@ -268,43 +300,129 @@ READ_FORMATS = (
     "int3.58@tensor",
     "int3-sym@channel:rms:fp16",
     "int9@channel",
+    "int4-mx@4:e8m0-even",
     "float4_e2m1@4:absmax:e8m0",
     "float8_e4m3@channel",
     "float8_e5m2@8:absmax:fp32",
     "float6_e3m2-ns@8",
     "float8_e4m3-ieee@tensor",
+    "float5@4",
+    "nvfp4",
+    "float4_e2m1@4:fouroversix:e4m3",
     "normal3.58@channel",
     "laplace2.58-sym@tensor:rms",
     "t7_4.58@8:signmax",
     "t5_8-repeat_zero@64",
+    "t7_4-opt@8:signmax",
+    "t_4-asym@channel:rms-search:dq8",
     "nf4@5:absmax:fp32",
+    "nf4@5:dq8",
+    "sf4-nu4@8:signmax:e4m3",
+    "af4-l1@8",
+    "bof4-s@8+opq0.95",
+    "lloyd4@4",
+    "power4@4",
+    "power0.7_3.58@8",
+    "int4@8:search+unbiased",
+    "int8@8+outliers0.1",
+    "t5_4@tensor:rms+threshold1.5+hadamard",
+    "int6@8+rotate",
+    "float4_e2m1@4:e8m0+outliers0.1+rotate",
 )
-SHAPES = ((3, 13), (5,), (2, 3, 8), (), (0, 4))
+READ_SHAPES = ((3, 13), (5,), (2, 3, 8), (), (0, 4))
+ROTATED_SHAPES = ((130, 12), (96, 192))
+TILE_SHAPES = ((3, 67), (5,))
 
 
 def read_back() -> Callable[[Path], dict[str, list[float]]]:
     """The reader that artefact.md shows."""
     names: dict[str, Any] = {}
-    exec(fenced("docs/artefact.md", "python", "reader")[0], names)
+    exec("\n".join(fenced("docs/artefact.md", "python", "reader")), names)
     found: Callable[[Path], dict[str, list[float]]] = names["decode"]
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_reader_on_the_page_decodes_every_kind_of_format(shape: tuple[int, ...], tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    encoded: dict[str, EncodedTensor] = {}
-    for text_of in READ_FORMATS:
-        encoded[text_of] = encode_nearest(torch.randn(shape, generator=generator), parse(text_of))
-    entries = [stored_tensor(TensorEntry(name, "F32", shape, 0, 0), str(parse(name))) for name in READ_FORMATS]
-    file, path = WeightFile(tuple(entries)), tmp_path / "model.safetensors"
+def written(path: Path, encoded: dict[str, EncodedTensor]) -> dict[str, list[float]]:
+    """Encoded tensors by name written as a weight file of an artefact; what they decode to."""
+    file = WeightFile(
+        tuple(
+            StoredTensor(
+                name,
+                str(tensor.format),
+                tensor.dtype,
+                tensor.shape,
+                tuple(
+                    Part(f"{name}.{suffix}", SAFETENSORS_NAMES[part.dtype], tuple(part.shape))
+                    for suffix, part in tensor.parts().items()
+                ),
+            )
+            for name, tensor in encoded.items()
+        )
+    )
     with SafetensorsWriter(path, file.parts, file.metadata) as writer:
         for name, tensor in encoded.items():
-            for part, data in tensor.parts().items():
-                writer.write(f"{name}.{part}", data)
-    decoded = read_back()(path)
-    expected = {name: tensor.decode().reshape(-1).tolist() for name, tensor in encoded.items()}
-    assert decoded == expected
+            for suffix, data in tensor.parts().items():
+                writer.write(f"{name}.{suffix}", data)
+    return {name: tensor.decode().reshape(-1).tolist() for name, tensor in encoded.items()}
+
+
+def drawn(shape: tuple[int, ...], formats: Iterable[str]) -> dict[str, EncodedTensor]:
+    """Seeded weights encoded in each format; some of them large, so that statistics and outliers differ."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: encode_nearest(torch.randn(shape, generator=generator) ** 3, parse(name), seed=12345) for name in formats
+    }
+
+
+@pytest.mark.parametrize("shape", READ_SHAPES, ids=str)
+def test_the_reader_on_the_page_decodes_every_kind_of_format(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    expected = written(path, drawn(shape, READ_FORMATS))
+    assert read_back()(path) == expected
+
+
+@pytest.mark.parametrize("shape", ROTATED_SHAPES, ids=str)
+def test_the_reader_on_the_page_turns_every_size_back(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Vocabularies, several equal blocks of a transform and blocks by the size's binary digits."""
+    path = tmp_path / "model.safetensors"
+    expected = written(path, drawn(shape, ("int4@32+hadamard", "int4@32+rotate")))
+    assert read_back()(path) == expected
+
+
+@pytest.mark.parametrize("shape", TILE_SHAPES, ids=str)
+def test_the_reader_on_the_page_decodes_every_block_type(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    expected = written(path, drawn(shape, [name for name in BLOCK_TYPES if name not in tensor_format.ALIASES]))
+    assert read_back()(path) == expected
+
+
+def test_the_formats_that_the_reader_is_tried_with_have_every_family_scale_and_option() -> None:
+    formats = [parse(name) for name in READ_FORMATS]
+    assert {fmt.family for fmt in formats} == set(tensor_format.FAMILIES)
+    kinds = {name.partition("-")[0] for name in tensor_format.SCALE_FORMATS}
+    assert {fmt.scale_format.partition("-")[0] for fmt in formats} == kinds
+    assert {fmt.fitted for fmt in formats} == {None, "nu", "alpha", "exponent_bits"}
+    assert {split_option(option)[0] for fmt in formats for option in fmt.options} == set(OPTIONS)
+
+
+def test_the_table_of_tiles_has_every_type_with_its_numbers() -> None:
+    def element(kind: TileElement) -> str:
+        split = f"E{kind.exponent_bits}M{kind.mantissa_bits}"
+        return f"float {split}" if kind.kind == "float" else f"{kind.kind}, {kind.bits} bits"
+
+    known = {
+        one.name: [
+            element(one.element),
+            str(one.tile),
+            str(one.sub_tile),
+            one.scale,
+            f"{one.offset_bits}, its offset" if one.offset_bits else "none",
+            one.zero or "none",
+        ]
+        for one in TILE_TYPES.values()
+        if one.element.kind != "codebook" and one.name not in tensor_format.ALIASES
+    }
+    assert {row[0]: row[1:] for row in table("docs/artefact.md", "tiles")} == known
 
 
 def test_the_bytes_of_the_second_example_follow_from_the_arithmetic_on_the_page() -> None:

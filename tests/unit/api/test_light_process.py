@@ -16,7 +16,7 @@ create_app(Settings(database_url="postgresql://localhost/none", data_dir=Path(sy
 resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
 print(json.dumps({"kib": int(resident.split()[1]), "modules": sorted(sys.modules)}))
 """
-HEAVY = ("torch", "transformers", "triton", "scipy", "celery", "boto3")
+HEAVY = ("torch", "transformers", "triton", "scipy", "numba", "celery", "boto3")
 NUMERIC = ("tensors", "sensitivity", "allocation", "rounding", "evaluation", "exports", "networks", "pipeline")
 
 

@@ -302,7 +302,9 @@ def test_any_other_text_is_a_format_or_an_error_of_ours(text: str) -> None:
 
 
 @given(
-    st.from_regex(r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}")
+    st.from_regex(
+        r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}"
+    )
 )
 def test_texts_that_are_nearly_formats_never_fail_in_another_way(text: str) -> None:
     with contextlib.suppress(InvalidFormat, MethodNotAvailable):

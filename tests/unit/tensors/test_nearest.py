@@ -76,7 +76,7 @@ def distance(value: float, code: float, scale: float) -> Fraction:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("text", [text for text in FORMATS if "dq8" not in text])  # codes before scales are coded
 def test_every_element_gets_the_nearest_value_of_its_table(text: str, shape: tuple[int, ...]) -> None:
     fmt, weight = parse(text), data(shape)
     encoded = encode_nearest(weight, fmt)

@@ -1,0 +1,116 @@
+"""The two passes that encoding makes over a tensor, piece by piece: statistics of blocks, and packed codes.
+
+Two implementations of one thing: `Reference`, the readable one in torch, for any device and dtype; `Compiled`, loops
+for the CPU that give the same bits many times as fast. `passes_for` takes the compiled ones where they apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+import torch
+
+from core.errors import NonFiniteWeights
+from core.formats.elements import ElementTable, stored_codes
+from core.recipe.tensor_format import TensorFormat
+from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.indices import nearest_indices, uses_quotients
+from core.tensors.kernels import cpu, cpu_packing
+from core.tensors.kernels.cpu_rule import rounding_rule
+from core.tensors.packing import pack_planes
+from core.tensors.scales import extreme_of, sum_of_squares
+
+Result = TypeVar("Result")
+Statistics = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Passes(Protocol):
+    """One tensor's passes. Pieces may be asked for in any order and from several threads."""
+
+    def statistics(self, piece: Piece) -> Statistics:
+        """Extremes of the blocks, fp32 (signed under signmax), and under rms their sums of squares, fp64.
+
+        NonFiniteWeights for NaN or infinity in the piece.
+        """
+        ...
+
+    def codes(self, piece: Piece, factors: torch.Tensor, table: ElementTable) -> list[torch.Tensor]:
+        """Packed codes of each plane for decoded scales `factors`, one per block of the piece."""
+        ...
+
+    def over(self, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+        """`work` of each piece, in order."""
+        ...
+
+
+def passes_for(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> Passes:
+    """The passes over a flat tensor of that shape."""
+    if flat.device.type == "cpu" and cpu.supports(flat.dtype, fmt.codes):
+        return Compiled(flat.contiguous(), fmt, shape)
+    return Reference(flat, fmt, shape)
+
+
+def refuse_not_finite(shape: tuple[int, ...], place: int) -> NonFiniteWeights:
+    """The error for NaN or infinity at a flat place of a tensor."""
+    index = [int(at) for at in torch.unravel_index(torch.tensor(place), shape)]
+    return NonFiniteWeights(
+        f"NaN or infinity among the weights, the first at {index}",
+        hint="the checkpoint is damaged: copy it anew, or keep the tensor by an override",
+    )
+
+
+class Reference:
+    """By torch's operations."""
+
+    def __init__(self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> None:
+        self.flat, self.fmt, self.shape = flat, fmt, shape
+        self.grid = BlockGrid.of(fmt, shape)
+
+    def blocks(self, piece: Piece) -> torch.Tensor:
+        """(blocks, width) fp32 of a piece."""
+        return self.grid.to_blocks(self.flat[piece.start : piece.stop].float())
+
+    def statistics(self, piece: Piece) -> Statistics:
+        blocks = self.blocks(piece)
+        finite = torch.isfinite(blocks)
+        if not bool(finite.all()):
+            place = int((~self.grid.from_blocks(finite)).to(torch.uint8).argmax())
+            raise refuse_not_finite(self.shape, piece.start + place)
+        squares = sum_of_squares(blocks) if self.fmt.base_statistic == "rms" else None
+        return extreme_of(blocks, self.fmt.base_statistic), squares
+
+    def codes(self, piece: Piece, factors: torch.Tensor, table: ElementTable) -> list[torch.Tensor]:
+        indices = self.grid.from_blocks(nearest_indices(self.blocks(piece), factors, self.fmt, table))
+        patterns = stored_codes(self.fmt, len(table.values))
+        if patterns is not None:
+            indices = torch.tensor(patterns, device=indices.device)[indices.long()]
+        return pack_planes(indices, self.fmt.codes)
+
+    def over(self, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+        return [work(piece) for piece in pieces]
+
+
+class Compiled:
+    """By compiled loops, on as many threads as torch has."""
+
+    def __init__(self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> None:
+        self.flat, self.fmt, self.shape = flat, fmt, shape
+        self.columns, self.width = BlockGrid.of(fmt, shape).kernel_blocks
+
+    def statistics(self, piece: Piece) -> Statistics:
+        values, name = self.flat[piece.start : piece.stop], self.fmt.base_statistic
+        found = cpu.statistics(values, self.columns, self.width, name)
+        if found.not_finite is not None:
+            raise refuse_not_finite(self.shape, piece.start + found.not_finite)
+        return found.extreme, found.squares
+
+    def codes(self, piece: Piece, factors: torch.Tensor, table: ElementTable) -> list[torch.Tensor]:
+        fmt = self.fmt
+        patterns = stored_codes(fmt, len(table.values))
+        rule = rounding_rule(table, exact=not fmt.is_codebook, stored=patterns, quotients=uses_quotients(fmt))
+        found = cpu.encode_codes(self.flat, piece.start, piece.stop, factors, rule, self.columns, self.width)
+        return cpu_packing.pack_planes(found, fmt.codes)
+
+    def over(self, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+        return cpu.over_pieces(work, pieces)
