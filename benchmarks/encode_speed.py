@@ -4,9 +4,8 @@ All work by turns within each round, pinned to one core, so that a noisy machine
 order. Rates are bytes of bf16 weights per second of processor time (memcpy: bytes copied, into memory that is there).
 Encoding is all of `encode_nearest`, bf16 in, packed codes and stored bf16 scales out; decoding is the way back to bf16
 into memory that is there, as memcpy does, and to bf16 and fp32 in new memory. The reference and bitsandbytes get fewer
-into memory that is there, as memcpy does, and to bf16 and fp32 in new memory. The reference and bitsandbytes get fewer
-rows. Prints a JSON line per format with medians and ratios; the promise, for 4 bits in blocks of 64, is at least 0.12 of
-memcpy's rate and 30 times bitsandbytes', and decoding to bf16 no slower than encoding.
+rows. Prints a JSON line per format with medians and ratios; the promise, for 4 bits in blocks of 64, is at least 0.12
+of memcpy's rate and 30 times bitsandbytes', and decoding to bf16 no slower than encoding.
 
     python benchmarks/encode_speed.py [--rows 4096] [--columns 4096] [--rounds 7] [--formats nf4@64 int4@64 ...]
 """

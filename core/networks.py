@@ -9,6 +9,7 @@ config that ask for such things are dropped. Memory: the network and one tensor.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ Weights = Callable[[str], torch.Tensor]
 
 _LANGUAGE_MODELS = ("CausalLM", "LMHead")
 _MAX_BUFFER_BYTES = 1 << 30
+# Where torchao is installed, transformers imports it, and it tells which kernels for other devices it cannot load.
+_LOUD = ("torchao", "torch.utils._pytree")
 # What a config may not decide here: code to load, kernels to fetch, dtypes, quantisers.
 _DROPPED = frozenset(
     {
@@ -206,6 +209,8 @@ def _check_counts(index: CheckpointIndex) -> None:
 
 def _build(index: CheckpointIndex, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     """The network with memory for its weights but no values in it; buffers have theirs."""
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 

@@ -16,29 +16,39 @@ from functools import cached_property
 from core.allocation.budget import Option, choose
 from core.allocation.space import Group, Space
 from core.errors import BitmillError, InfeasibleTarget
-from core.exports.layout import layout_bytes, stored_tensor
+from core.exports.layout import KEEP, layout_bytes, stored_tensor
 from core.recipe.target import Target
 from core.storage.checkpoint import CheckpointIndex
 
 Formats = dict[str, str]
+Resolve = Callable[[str, str], str]  # (tensor, format of its group) -> the format in which it is stored
+
+
+def _as_it_is(_name: str, text: str) -> str:
+    return text
 
 
 class Sizes:
     """Exact sizes of the choices in a space; formats are given by group."""
 
-    def __init__(self, index: CheckpointIndex, space: Space) -> None:
-        self.index, self.space = index, space
+    def __init__(self, index: CheckpointIndex, space: Space, resolve: Resolve = _as_it_is) -> None:
+        self.index, self.space, self.resolve = index, space, resolve
         self._costs: dict[tuple[str, str], int] = {}
 
     def exact(self, formats: Mapping[str, str]) -> int:
         """Bytes of the weight files."""
-        return layout_bytes(self.index, self.space.choice(formats))
+        return layout_bytes(self.index, self.choice(formats))
+
+    def choice(self, formats: Mapping[str, str]) -> dict[str, str]:
+        """Format by tensor as it will be stored, from the format by group."""
+        chosen = self.space.choice(formats)
+        return {name: text if text == KEEP else self.resolve(name, text) for name, text in chosen.items()}
 
     def tensor(self, name: str, text: str) -> int:
         """Bytes of the parts of one tensor."""
         key = (name, text)
         if key not in self._costs:
-            self._costs[key] = stored_tensor(self.index.tensors[name], text).nbytes
+            self._costs[key] = stored_tensor(self.index.tensors[name], self.resolve(name, text)).nbytes
         return self._costs[key]
 
     def group(self, group: Group, text: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
 
-from core.errors import MethodNotAvailable
+from core.errors import InvalidFormat
 from core.formats import sparse_index
 from core.formats.block_types import BLOCK_TYPES
 from core.recipe.tensor_format import TensorFormat
@@ -142,7 +142,7 @@ def stored_parts(
     `codes`: packed, U8, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are multiplied with.
     `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from which alone it is
     decoded. `fitted`: the parameter that was fitted. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of
-    a random rotation. `outliers` is their number where the data decide it; MethodNotAvailable without it.
+    a random rotation. `outliers`: their number where the data decide it and the format does not tell.
     """
     if fmt.is_block_type:
         return {"codes": ("U8", (_block_bytes(fmt, shape),))}
@@ -173,13 +173,12 @@ def outlier_count(fmt: TensorFormat, shape: tuple[int, ...], found: int | None =
     rule, value = fmt.outlier_rule or ("outliers", 0.0)
     if rule == "outliers":
         return sparse_index.outlier_count(prod(shape), value)
-    if found is None:
-        raise MethodNotAvailable(
-            f"{rule} finds a number of outliers that only the data tell, and sizes are planned before",
-            where=str(fmt),
-            hint="outliers0.001 keeps a given share",
+    known = found if fmt.outliers_found is None else fmt.outliers_found
+    if known is None:
+        raise InvalidFormat(
+            f"how many outliers {rule} finds only the data tell", where=str(fmt), hint="outliers0.001, or opq0.95x1234"
         )
-    return found
+    return known
 
 
 def _block_bytes(fmt: TensorFormat, shape: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from core.allocation.fisher import Fisher
 from core.allocation.forecast import Evidence, Floats, Forecast, Scales
 from core.allocation.guards import warnings
 from core.allocation.heuristic import heuristic
+from core.allocation.resolve import Resolved
 from core.allocation.search import Round, best, search
 from core.allocation.sizes import Formats, Sizes
 from core.allocation.space import Space, build_space
@@ -27,6 +28,7 @@ from core.errors import BitmillError, InfeasibleTarget
 from core.evaluation.divergence import evaluate as compare
 from core.exports.layout import KEEP
 from core.exports.report import rounded
+from core.formats.stored import matrix_shape
 from core.ids import derived_seed
 from core.jobs.steps import StepOutput, StepRequest
 from core.pipeline.assemble import open_files
@@ -40,7 +42,7 @@ from core.recipe.override import Override
 from core.recipe.rounding import RoundingSpec
 from core.recipe.target import Target
 from core.recipe.tensor_format import TensorFormat, parse
-from core.rounding.base import round_tensor
+from core.rounding.base import Sensitivity, round_tensor
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.reader import read_tensor
 
@@ -124,7 +126,7 @@ class _Job:
         base, spec = parse(params["format"]), AllocationSpec.model_validate(params["allocation"])
         overrides = [Override.model_validate(one) for one in params["overrides"]]
         space = build_space(source, base, spec, overrides, params["groups"])
-        sizes, forecast = Sizes(source, space), None
+        sizes, forecast = Sizes(source, space, Resolved(source, ctx.device, ctx.check)), None
         if calibrated:
             evidence = read_evidence(ctx, calibrated[0], space)
             forecast = Forecast(source, evidence, ctx.device, _ticker(ctx.within(0.0, 0.5), space))
@@ -192,10 +194,10 @@ class _Job:
 
     def _described(self, formats: Formats, rounds: list[Round] | tuple[()]) -> Plan:
         """The plan of a choice, with exact sizes and everything that is predicted of it."""
-        choice = self.sizes.space.choice(formats)
+        choice, stored = self.sizes.space.choice(formats), self.sizes.choice(formats)
         size = self.sizes.exact(formats)
         return Plan(
-            tensors=tuple(self._planned(name, text) for name, text in choice.items()),
+            tensors=tuple(self._planned(name, text, stored[name]) for name, text in choice.items()),
             predicted_bytes=size,
             predicted_bits_per_param=rounded(self.sizes.bits(size)),
             predicted_kl=rounded(self.forecast.total(_encoded(choice))) if self.forecast else None,
@@ -206,7 +208,7 @@ class _Job:
             rounds=tuple({"bits_per_param": rounded(one.bits), "kl": rounded(one.kl)} for one in rounds),
         )
 
-    def _planned(self, name: str, text: str) -> PlannedTensor:
+    def _planned(self, name: str, text: str, stored_as: str) -> PlannedTensor:
         """A row of the plan; a tensor about which nothing is known has no prediction."""
         entry, forecast = self.source.tensors[name], self.forecast
         mean = forecast.evidence.means.get(name) if forecast else None
@@ -216,7 +218,7 @@ class _Job:
             predicted = forecast.tensor(name, text)
         return PlannedTensor(
             name=name,
-            format=text,
+            format=stored_as,
             bits=rounded(8 * stored / max(entry.elements, 1)),
             stored_bytes=stored,
             fisher_mean=rounded(mean),
@@ -256,7 +258,11 @@ class _Measured:
         if text == KEEP:
             return weight
         seed = derived_seed(job.seed, name)
-        encoded = round_tensor(weight.to(job.ctx.device), parse(text), job.rounding, sensitivity=None, seed=seed)
+        sums = job.forecast.evidence.rows(name) if job.forecast else None
+        rows = matrix_shape(tuple(weight.shape))[0]
+        sensitivity = Sensitivity.by_rows(None if sums is None else torch.from_numpy(sums), rows)
+        on_device = weight.to(job.ctx.device)
+        encoded = round_tensor(on_device, parse(text), job.rounding, sensitivity=sensitivity, seed=seed)
         return encoded.decode().to(weight.dtype)
 
 

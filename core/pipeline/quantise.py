@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from core.errors import BitmillError
 from core.exports.layout import KEEP, StoredTensor, stored_tensor
 from core.exports.report import TensorResult
@@ -82,9 +80,9 @@ def _sensitivities(ctx: StepContext, request: StepRequest, tensors: list[StoredT
     stored = open_files(ctx, {"fisher": request.outputs("calibrate")[0].files[FISHER_FILE]})
     found = {}
     for tensor in weighing:
-        rows, key = matrix_shape(tensor.shape)[0], f"{tensor.name}.rows"
-        sums = read_tensor(stored, key).double() if key in stored.tensors else torch.ones(1, dtype=torch.float64)
-        found[tensor.name] = Sensitivity(row_weights=sums.repeat_interleave(max(rows // sums.numel(), 1))[:rows])
+        key = f"{tensor.name}.rows"
+        sums = read_tensor(stored, key) if key in stored.tensors else None
+        found[tensor.name] = Sensitivity.by_rows(sums, matrix_shape(tensor.shape)[0])
     return found
 
 

@@ -31,12 +31,13 @@ _ELEMENT = re.compile(
 
 def fields(text: str) -> dict[str, Any]:
     """The constructor's arguments for a text, alias or block type; InvalidFormat for a text of no format."""
-    name = text.strip()
+    name, plus, options = text.strip().partition("+")
     alias = ALIASES.get(name.lower())
     if alias is None and name.lower() in BLOCK_TYPES:
         found = BLOCK_TYPES[name.lower()]
-        return {"family": BLOCK_FAMILY, "mode": name.lower(), "bits": found.bits, "granularity": found.elements}
-    return _fields(alias or name)
+        block = {"family": BLOCK_FAMILY, "mode": name.lower(), "bits": found.bits, "granularity": found.elements}
+        return block | {"options": tuple(options.split("+")) if plus else ()}
+    return _fields((alias or name) + plus + options)
 
 
 def nearest_name(name: str, known: tuple[str, ...]) -> str:

@@ -45,7 +45,9 @@ ALIASES = {
 }
 
 NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-_OPTION = re.compile(rf"({'|'.join(OUTLIER_RULES)})({NUMBER})|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})")
+_OPTION = re.compile(
+    rf"({'|'.join(OUTLIER_RULES)})({NUMBER})(?:x(\d{{1,15}}))?|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})"
+)
 
 
 def number_text(value: float) -> str:
@@ -58,4 +60,10 @@ def split_option(text: str) -> tuple[str, float | None]:
     found = _OPTION.fullmatch(text)
     if not found:
         return "", None
-    return (found[1], float(found[2])) if found[1] else (found[3], None)
+    return (found[1], float(found[2])) if found[1] else (found[4], None)
+
+
+def found_by(text: str) -> int | None:
+    """How many outliers a rule found in a tensor, where the option says so: `opq0.95x1234`."""
+    found = _OPTION.fullmatch(text)
+    return int(found[3]) if found and found[3] else None

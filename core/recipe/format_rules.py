@@ -22,6 +22,7 @@ from core.recipe.format_names import (
     ROTATIONS,
     SCALE_FORMATS,
     STATISTICS,
+    found_by,
     number_text,
     split_option,
 )
@@ -52,6 +53,8 @@ _MOST_SOLVED = 256
 def require_available(fmt: TensorFormat) -> None:
     """MethodNotAvailable for a name of the grammar that has no method yet; InvalidFormat for no name at all."""
     if fmt.family == BLOCK_FAMILY and fmt.mode in BLOCK_NAMES:
+        if fmt.options:
+            raise InvalidFormat(f"the block type {fmt.mode} takes no options", hint=fmt.mode)
         return
     wanted = [
         (fmt.family, FAMILIES, LATER_FAMILIES, "format family"),
@@ -96,8 +99,6 @@ def mode_at(fmt: TensorFormat, bits: float) -> str:
 def check(fmt: TensorFormat) -> None:
     """InvalidFormat for a combination that cannot be encoded."""
     if fmt.family == BLOCK_FAMILY:
-        if fmt.options:
-            raise InvalidFormat(f"the block type {fmt.mode} takes no options", hint=fmt.mode)
         return
     _check_mode(fmt)
     _check_table(fmt)
@@ -111,8 +112,9 @@ def _options(fmt: TensorFormat) -> tuple[str, ...]:
     """Options in canonical spelling and order."""
     named = []
     for option in fmt.options:
-        name, value = split_option(option)
-        named.append((OPTIONS.index(name), name if value is None else f"{name}{number_text(value)}"))
+        (name, value), count = split_option(option), found_by(option)
+        text = name if value is None else f"{name}{number_text(value)}"
+        named.append((OPTIONS.index(name), text if count is None else f"{text}x{count}"))
     return tuple(text for _, text in sorted(named))
 
 
@@ -251,6 +253,8 @@ def _check_options(fmt: TensorFormat) -> None:
     rule, value = fmt.outlier_rule or ("", 0.5)
     if rule in ("outliers", "opq") and not 0 < value < 1:
         raise InvalidFormat(f"{rule}{value:g}: a number between 0 and 1", hint="outliers0.001, opq0.95")
+    if rule == "outliers" and fmt.outliers_found is not None:
+        raise InvalidFormat("outliers gives the number itself", hint=f"outliers{number_text(value)}")
     if rule == "threshold" and not 0 < value < math.inf:
         raise InvalidFormat(f"threshold{value:g}: a positive multiple of the tensor's RMS", hint="threshold6")
     if fmt.is_unbiased and fmt.scale_format not in ("bf16", "fp16", "fp32"):

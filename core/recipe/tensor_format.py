@@ -7,6 +7,7 @@
                    "fouroversix"
     scale_format = "bf16" | "fp16" | "fp32" | "e8m0" [ "-" rule ] | "e4m3" | "dq8"
     option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "hadamard" | "rotate" | "unbiased"
+                   (in artefacts, the number of outliers that was found stands behind the rule: "opq0.95x1234")
 
 `t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits, exponent), `lloyd4` its whole codebook: that is
 fitted to each tensor. A `TensorFormat` that exists can be encoded: impossible combinations are refused when it is made
@@ -34,6 +35,7 @@ from core.recipe.format_names import (
     ROTATIONS,
     SCALE_FORMATS,
     STATISTICS,
+    found_by,
     number_text,
     split_option,
 )
@@ -142,6 +144,19 @@ class TensorFormat:
         return next(((name, value) for name, value in found if name in OUTLIER_RULES and value is not None), None)
 
     @property
+    def outliers_found(self) -> int | None:
+        """How many outliers a rule found whose number only the data tell; in the format of one tensor."""
+        return next((count for option in self.options if (count := found_by(option)) is not None), None)
+
+    def with_outliers_found(self, count: int) -> TensorFormat:
+        """The format of a tensor in which the rule finds so many; the same where it gives the number itself."""
+        if (self.outlier_rule or ("outliers", 0.0))[0] == "outliers":
+            return self
+        rules = [option for option in self.options if split_option(option)[0] in OUTLIER_RULES]
+        others = [option for option in self.options if option not in rules]
+        return replace(self, options=(f"{rules[0].partition('x')[0]}x{count}", *others))
+
+    @property
     def rotation(self) -> str | None:
         """hadamard, rotate or None."""
         return next((option for option in self.options if option in ROTATIONS), None)
@@ -175,6 +190,8 @@ class TensorFormat:
         A mode that an odd number of codes cannot have becomes sym, so widths are best derived from one base format;
         under signmax a codebook's mode always follows from its number of codes.
         """
+        if bits == self.bits:
+            return self
         if self.is_block_type:
             raise InvalidFormat("a block type has one width", where=str(self), hint="another block type")
         if self.family == "float" and self.exponent_bits is not None:

@@ -27,6 +27,16 @@ class Sensitivity:
     row_weights: torch.Tensor | None = None
     covariance: torch.Tensor | None = None
 
+    @classmethod
+    def by_rows(cls, sums: torch.Tensor | None, rows: int) -> Sensitivity:
+        """For a matrix of that many rows from sums over rows of the tensor, each of which may be several of the matrix.
+
+        Rows of a tensor that calibration did not reach, or reached in another shape, count alike.
+        """
+        if sums is None or not sums.numel() or rows % sums.numel():
+            return cls(row_weights=torch.ones(rows, dtype=torch.float64))
+        return cls(row_weights=sums.double().repeat_interleave(rows // sums.numel()))
+
 
 _METHODS: dict[str, Callable[[torch.Tensor, TensorFormat, Sensitivity | None, RoundingSpec, int], EncodedTensor]] = {
     "nearest": nearest.round_tensor,

@@ -53,6 +53,13 @@ def encode_nearest(
     return unbiased(encoded, flat) if fmt.is_unbiased else encoded
 
 
+def outliers_in(weight: torch.Tensor, fmt: TensorFormat) -> int:
+    """How many outliers the format's rule finds in a tensor; NonFiniteWeights for NaN or infinity."""
+    require_finite(weight)
+    rule = fmt.outlier_rule
+    return _outliers(weight.reshape(-1), BlockGrid.of(fmt, tuple(weight.shape)), *rule).numel() if rule else 0
+
+
 def require_finite(weight: torch.Tensor) -> None:
     """NonFiniteWeights with the place of the first NaN or infinity."""
     flat = weight.reshape(-1)

@@ -312,7 +312,7 @@ def test_presets_differ_in_what_they_are_for() -> None:
     assert all(20 < len(text) < 121 for text in descriptions().values())
     assert (found["fast"].calibration, found["fast"].evaluation) == (False, False)
     assert found["default"].canonical()["target"] == {"bits_per_param": 4.25}
-    assert found["demo"].format == "t7_4@64:signmax:bf16"
+    assert found["demo"].format == "t7_4@32:signmax-search:e4m3"
     for recipe in found.values():
         assert load_recipe(recipe.canonical()).canonical() == recipe.canonical()
 
