@@ -47,9 +47,10 @@ bench: setup
 # The numbers, the picture and all that commands answer in the documentation, measured anew: ten minutes.
 picture: setup
 	mkdir -p build
-	$(BIN)/python benchmarks/allocation_table.py --format t7_4@64:signmax --bits 3 3.5 4 4.5 5 > build/allocation.jsonl
+	$(BIN)/python benchmarks/allocation_table.py --format t7_4@32:signmax-search:e4m3 --bits 3 3.5 4 4.5 5 > build/allocation.jsonl
 	mv build/allocation.jsonl docs/images/allocation.jsonl
 	$(BIN)/python docs/draw.py
+	$(BIN)/python docs/rate_distortion.py --measure
 	$(BIN)/python docs/examples.py --slow
 
 clean:
