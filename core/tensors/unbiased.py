@@ -2,8 +2,8 @@
 
 Rounding to the nearest value shrinks: <decoded, w> is a little less than <w, w>, by the share of the squared error that
 is correlated with the weights, and all outputs of a layer shrink together. Multiplying the scales of a row by
-<w, w> / <decoded, w> undoes it without a bit more; codes stay. It raises the squared error by less than it lowers the
-divergence of the outputs (measured: docs/formats.md). Rows of zeros, and factors that no rounding explains, stay.
+<w, w> / <decoded, w> undoes it without a bit more; codes stay. Rows of zeros, and factors that no rounding explains,
+stay. How little it gains where rounding shrinks little, docs/formats.md shows.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def opened(folder: Path) -> CheckpointIndex:
 def quantised(source: Path, out: Path, text: str, **more: Any) -> dict[str, Any]:
     calibration = {"sequences": 2, "sequence_length": 32} if "weighted" in text else False
     recipe = {"format": text, "target": {"bits_per_param": 20}, "allocation": "uniform", "evaluation": False}
-    return run_recipe(source, load_recipe({"version": 1, "calibration": calibration, **recipe, **more}), out, device="cpu")
+    return run_recipe(
+        source, load_recipe({"version": 1, "calibration": calibration, **recipe, **more}), out, device="cpu"
+    )
 
 
 @pytest.mark.parametrize("text", FORMATS)

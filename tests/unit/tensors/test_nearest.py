@@ -20,6 +20,7 @@ from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.errors import relative_rms_error
 from core.tensors.nearest import encode_nearest
+from core.tensors.passes import Reference
 
 FORMATS = [
     "int4@8",
@@ -249,3 +250,36 @@ def test_bytes_that_no_encoder_wrote_cannot_read_beyond_the_table() -> None:
         EncodedTensor.from_parts(fmt, (4, 22), "F32", hostile | {"codes": encoded.codes[:-1]})
     with pytest.raises(InvalidCheckpoint, match="scales"):
         EncodedTensor.from_parts(fmt, (4, 22), "F32", {"codes": encoded.codes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("text", [*FORMATS, "lloyd3@16", "t_4@8:signmax", "float5@8", "int4-sym@6", "t7_8@32"])
+def test_compiled_loops_write_the_bytes_of_the_reference(
+    text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape in [(6, 50), (1, 1), (3, 64), (0, 4)]:
+        weight = data(shape, 8, dtype)
+        if weight.numel() > 20:
+            weight[0, 3:9], weight[-1] = 0, weight[-1] * 1e-6
+        compiled = encode_nearest(weight, parse(text))
+        with monkeypatch.context() as patch:
+            patch.setattr("core.tensors.nearest.passes_for", Reference)
+            patch.setattr("core.tensors.encoded._KERNEL_CODES", 0)
+            reference = encode_nearest(weight, parse(text))
+            decoded = reference.decode()
+        assert reference.parts().keys() == compiled.parts().keys()
+        for name, part in reference.parts().items():
+            assert torch.equal(
+                part.reshape(-1).view(torch.uint8), compiled.parts()[name].reshape(-1).view(torch.uint8)
+            ), name
+        assert torch.equal(decoded, compiled.decode())
+        assert torch.equal(decoded.bfloat16(), compiled.decode(torch.bfloat16))
+
+
+@pytest.mark.parametrize("text", ["int4@8", "int12@8", "nf4@tensor", "normal4@8+rotate", "q4_k"])
+def test_the_first_weight_that_is_no_number_is_named(text: str) -> None:
+    weight = data((4, 2, 64))
+    weight[2, 1, 3], weight[3, 0, 0] = float("nan"), float("inf")
+    with pytest.raises(NonFiniteWeights, match=r"NaN or infinity|\[2, 1, 3\]") as refused:
+        encode_nearest(weight, parse(text))
+    assert "[2, 1, 3]" in refused.value.detail
