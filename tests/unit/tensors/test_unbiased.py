@@ -37,7 +37,9 @@ def test_codes_and_bytes_stay(text: str) -> None:
     assert plain.nbytes == corrected.nbytes
 
 
-@given(rows=st.lists(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=5, max_size=5), min_size=1, max_size=4))
+@given(
+    rows=st.lists(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=5, max_size=5), min_size=1, max_size=4)
+)
 @settings(max_examples=60, deadline=None)
 def test_scales_stay_finite_and_no_row_is_more_than_doubled(rows: list[list[float]]) -> None:
     weight = torch.tensor(rows)
