@@ -12,6 +12,7 @@ exactly 1. No torch; scipy is loaded when a codebook is first asked for.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ CUBE_ROOT = 1 / 3
 _EULER = 0.5772156649015329
 _LEAST_BLOCK = 4  # the closed forms of E[max|x|] hold from here on
 _CENTRE = 0.5
+_FP32_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,20 @@ def codebook(
         values = _rms_values(density(family, nu, alpha), mode, codes)
     else:
         values = _block_values(family, nu, mode, codes, block or _LEAST_BLOCK, alpha)
-    distinct = sorted(set(values))
-    if len(distinct) != codes - (mode == "repeat_zero") or list(values) != sorted(values):
-        raise InvalidFormat(f"{codes} codes of {family} are too many to tell apart", hint="fewer bits")
+    if not _are_apart(values, codes - (mode == "repeat_zero")):
+        name = family if nu is None else f"{family} with nu {nu:g}"
+        raise InvalidFormat(
+            f"{codes} codes of {name} are too many to tell apart in fp32", hint="fewer bits, a larger nu"
+        )
     return values
+
+
+def _are_apart(values: tuple[float, ...], count: int) -> bool:
+    """Whether so many different numbers of fp32, none of them infinite, ascend."""
+    if max(map(abs, values)) >= _FP32_LARGEST:
+        return False
+    stored = struct.unpack(f"{len(values)}f", struct.pack(f"{len(values)}f", *values))
+    return list(stored) == sorted(stored) and len(set(stored)) == count
 
 
 def _rms_values(law: Density, mode: str, codes: int) -> tuple[float, ...]:

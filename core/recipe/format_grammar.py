@@ -22,10 +22,10 @@ from core.recipe.format_names import (
 )
 
 _PLAIN = "|".join(sorted({*FAMILIES, *LATER_FAMILIES} - {"t", "float", "power"}))
-_BITS = r"\d+(?:\.\d+)?"
+_BITS = r"[0-9]+(?:\.[0-9]+)?"
 _ELEMENT = re.compile(
     rf"(?:(?P<plain>{_PLAIN})|(?P<t>t)(?P<nu>{NUMBER})?_|(?P<power>power)(?:(?P<alpha>{NUMBER})_)?|(?P<float>float))"
-    rf"(?P<bits>{_BITS})(?:_e(?P<exponent>\d+)m(?P<mantissa>\d+))?(?:-(?P<mode>[a-z0-9._-]+))?"
+    rf"(?P<bits>{_BITS})(?:_e(?P<exponent>[0-9]{{1,3}})m(?P<mantissa>[0-9]{{1,3}}))?(?:-(?P<mode>[a-z0-9._-]+))?"
 )
 
 
@@ -82,6 +82,10 @@ def _statistic_and_scale(named: list[str], text: str) -> tuple[str, str]:
         raise _invalid("too many fields", text, "element@granularity:statistic:scale_format")
     if len(named) == 1 and named[0] in SCALE_FORMATS:
         return "", named[0]
+    if len(named) == 2 and named[0] in SCALE_FORMATS and named[1] in STATISTICS:
+        raise _invalid("the statistic comes before the scale format", text, f"...:{named[1]}:{named[0]}")
+    if "" in named:
+        raise _invalid("nothing after a colon", text, "leave the colon out, or write absmax, bf16, absmax:bf16")
     statistic, scale = ((*named, "", "")[:2]) if named else ("", "")
     if named and statistic not in STATISTICS:
         raise _invalid(f"no statistic {statistic!r}", text, nearest_name(statistic, (*STATISTICS, *SCALE_FORMATS)))
@@ -93,7 +97,7 @@ def _statistic_and_scale(named: list[str], text: str) -> tuple[str, str]:
 def _granularity(text: str, whole: str) -> str | int:
     if text in ("tensor", "channel"):
         return text
-    if not re.fullmatch(r"[1-9]\d{0,9}", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,9}", text):
         raise _invalid(f"no granularity {text!r}", whole, "tensor, channel or a block size such as 64")
     return int(text)
 

@@ -44,15 +44,16 @@ ALIASES = {
     "q8_0": "int8-asym@32:absmax:fp16",
 }
 
-NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
+_RULES = "|".join(OUTLIER_RULES)
 _OPTION = re.compile(
-    rf"({'|'.join(OUTLIER_RULES)})({NUMBER})(?:x(\d{{1,15}}))?|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})"
+    rf"({_RULES})({NUMBER})(?:x([0-9]{{1,15}}))?|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})"
 )
 
 
 def number_text(value: float) -> str:
     """The shortest decimal text that reads back as the same number; no ".0"."""
-    return repr(float(value)).removesuffix(".0")
+    return repr(float(value)).removesuffix(".0").replace("e+", "e")  # a plus begins an option
 
 
 def split_option(text: str) -> tuple[str, float | None]:

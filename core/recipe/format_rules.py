@@ -48,6 +48,7 @@ _UNSIGNED_SCALES = ("e8m0", "dq8")
 _WITH_EXPONENT = ("float", "int-mx")
 _LEAST_LEVELS = 4
 _MOST_SOLVED = 256
+_MOST_IN_BLOCK = 10**10
 
 
 def require_available(fmt: TensorFormat) -> None:
@@ -89,6 +90,8 @@ def completed(fmt: TensorFormat) -> dict[str, Any]:
 
 def mode_at(fmt: TensorFormat, bits: float) -> str:
     """The mode that a format of another width has; "" for the default."""
+    if fmt.mode == "sym" and fmt.codes % 2:  # all that an odd number of codes can have: no choice
+        return ""
     parity_fits = fmt.mode in ("", "sym", "opt") or round(2**bits) % 2 == 0
     if fmt.family not in ROOT_DENSITIES:
         return fmt.mode
@@ -121,8 +124,8 @@ def _options(fmt: TensorFormat) -> tuple[str, ...]:
 def _check_numbers(fmt: TensorFormat) -> None:
     if not 1 <= fmt.bits <= MAX_BITS:
         raise InvalidFormat(f"{fmt.bits:g} bits", hint=f"1 to {MAX_BITS} bits")
-    if isinstance(fmt.granularity, int) and fmt.granularity < 1:
-        raise InvalidFormat(f"a block of {fmt.granularity} elements", hint="a positive block size")
+    if isinstance(fmt.granularity, int) and not 1 <= fmt.granularity < _MOST_IN_BLOCK:
+        raise InvalidFormat(f"a block of {fmt.granularity} elements", hint="a block size from 1 to 9999999999")
     if isinstance(fmt.granularity, str) and fmt.granularity not in ("tensor", "channel"):
         raise InvalidFormat(f"no granularity {fmt.granularity!r}", hint="tensor, channel or a block size")
     if fmt.nu is not None and fmt.family != "t":
@@ -202,11 +205,15 @@ def _check_table(fmt: TensorFormat) -> None:
             f"{fmt.family} is a table with an even number of at least 4 codes", hint=f"{fmt.family}4@64"
         )
     if (fmt.family in ("bof", "af") or fmt.mode == "opt") and fmt.codes > _MOST_SOLVED:
-        raise InvalidFormat(f"{fmt.element} is solved for up to {_MOST_SOLVED} codes", hint=f"{fmt.family}8@64")
+        raise InvalidFormat(f"{fmt.element} is solved for up to {_MOST_SOLVED} codes", hint="8 bits at most")
+    if fmt.mode == "opt" and fmt.codes < _LEAST_LEVELS:
+        raise InvalidFormat("the optimal codebook has at least 4 codes", hint="2 bits or more")
     if fmt.family in ("lloyd", "power") and not 3 <= fmt.codes <= 4096:
         raise InvalidFormat(f"{fmt.family} has from 3 to 4096 codes", hint=f"{fmt.family}4@64")
     if fmt.codes < _least_codes(fmt):
-        raise InvalidFormat(f"{fmt.element} under {fmt.statistic} needs at least 4 codes", hint=f"{fmt.family} 2-sym")
+        raise InvalidFormat(
+            f"{fmt.element} under {fmt.statistic} needs at least 4 codes", hint="2 bits or more, or -sym"
+        )
 
 
 def _check_statistic(fmt: TensorFormat) -> None:

@@ -16,9 +16,14 @@ from core.recipe.tensor_format import parse
 
 def _canonical_format(text: str, info: ValidationInfo) -> str:
     try:
-        return str(parse(text))
+        fmt = parse(text)
     except (InvalidFormat, MethodNotAvailable) as error:
         refuse(type(error)(f"{text!r}: {error.detail}", where="format", hint=error.hint), info)
+    if fmt.outliers_found is not None:
+        hint = "leave out the x and what follows"
+        message = f"{text!r}: how many outliers a rule found stands in artefacts only"
+        refuse(InvalidFormat(message, where="format", hint=hint), info)
+    return str(fmt)
 
 
 FormatText = Annotated[str, Field(max_length=200), AfterValidator(_canonical_format)]

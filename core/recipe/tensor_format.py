@@ -205,7 +205,7 @@ class TensorFormat:
     def with_fitted(self, value: float) -> TensorFormat:
         """The format with its fitted parameter given; InvalidFormat for a value that the family cannot have."""
         if self.fitted == "exponent_bits":
-            if value != int(value):
+            if not math.isfinite(value) or value != int(value):
                 raise InvalidFormat(f"{value:g} exponent bits", where=str(self), hint="a whole number")
             return replace(self, exponent_bits=int(value), mantissa_bits=int(self.bits) - 1 - int(value))
         if self.fitted is None:

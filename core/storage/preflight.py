@@ -1,7 +1,7 @@
 """What can be refused before any work is done: from the headers, the config and the recipe alone.
 
-Promise: nothing that would succeed is refused. The bound on the size is a true one (headers of the new files are left
-out of it), so allocation has the last word on targets just above it, as the engine has on architectures. No tensor
+Promise: nothing that would succeed is refused, but for families some of whose allowed widths have no table. The bound
+on the size is a true one (headers of the new files are left out of it), so allocation has the last word on targets just above it, as the engine has on architectures. No tensor
 data is read; no torch.
 """
 
@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import math
 
-from core.errors import InfeasibleTarget, InvalidCheckpoint, InvalidRecipe, MissingFile, UnsupportedArchitecture
+from core.errors import (
+    InfeasibleTarget,
+    InvalidCheckpoint,
+    InvalidFormat,
+    InvalidRecipe,
+    MissingFile,
+    UnsupportedArchitecture,
+)
 from core.formats.stored import stored_parts
 from core.recipe.allocation import widths_within
 from core.recipe.calibration import checkpoint_file
@@ -27,6 +34,7 @@ def preflight(index: CheckpointIndex, recipe: Recipe) -> None:
     _require_texts(index, recipe)
     _require_work(index, recipe)
     _require_reachable(index, recipe)
+    _require_tables(index, recipe)
 
 
 def smallest_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
@@ -93,6 +101,36 @@ def _require_reachable(index: CheckpointIndex, recipe: Recipe) -> None:
         )
 
 
+def _require_tables(index: CheckpointIndex, recipe: Recipe) -> None:
+    """InvalidFormat for a width that a tensor may get and whose table cannot be: values too close, or not finite."""
+    from core.formats.elements import element_table, shared_weights
+
+    for name in index.names:
+        entry, override = index.tensors[name], first_match(recipe.overrides, name)
+        if not _is_quantisable(entry) or _is_kept(override):
+            continue
+        for fmt in _widest_and_narrowest(recipe, override):
+            if not fmt.is_block_type:
+                try:
+                    element_table(fmt, shared_weights(fmt, entry.shape))
+                except InvalidFormat as error:
+                    raise error.at(f"{fmt} for {name}") from None
+
+
+def _widest_and_narrowest(recipe: Recipe, override: Override | None) -> tuple[TensorFormat, ...]:
+    fmt = parse((override and override.format) or recipe.format)
+    if override is not None and override.is_exact:
+        return (fmt,)
+    widths = widths_within(fmt, *_bounds(recipe, override))
+    return fmt.with_bits(widths[0]), fmt.with_bits(widths[-1])
+
+
+def _bounds(recipe: Recipe, override: Override | None) -> tuple[float | None, float | None]:
+    least = (override and override.min_bits) or recipe.allocation.min_bits
+    most = (override and override.max_bits) or recipe.allocation.max_bits
+    return least, most
+
+
 def _is_quantisable(entry: TensorEntry) -> bool:
     return len(entry.shape) > 1 and entry.dtype in QUANTISABLE and entry.elements > 0
 
@@ -114,9 +152,7 @@ def _smallest_format(recipe: Recipe, override: Override | None) -> TensorFormat:
     fmt = parse((override and override.format) or recipe.format)
     if override is not None and override.is_exact:
         return fmt
-    least = (override and override.min_bits) or recipe.allocation.min_bits
-    most = (override and override.max_bits) or recipe.allocation.max_bits
-    return fmt.with_bits(widths_within(fmt, least, most)[0])
+    return fmt.with_bits(widths_within(fmt, *_bounds(recipe, override))[0])
 
 
 def _stored_bytes(fmt: TensorFormat, shape: tuple[int, ...]) -> int:

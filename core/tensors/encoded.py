@@ -110,6 +110,9 @@ class EncodedTensor:
             count, columns = matrix_shape(self.shape)
             blocks = self.codes.reshape(count, BLOCK_TYPES[self.format.mode].row_bytes(columns))
             return rows.decode_rows(self.format.mode, blocks, columns).reshape(self.shape).to(self.codes.device, dtype)
+        if dtype is not torch.float32 and self._may_exceed(dtype):
+            limit = torch.finfo(dtype).max
+            return self.decode().clamp_(-limit, limit).to(dtype)
         rotated = self.format.rotation is not None
         flat = self._dense(torch.float32 if rotated else dtype, None if rotated else out)
         if rotated:
@@ -117,6 +120,13 @@ class EncodedTensor:
         if "outlier_index" in self.stored:
             outliers.overwrite(flat, self._outlier_places, self.stored["outlier_values"])
         return flat.reshape(self.shape)
+
+    def _may_exceed(self, dtype: torch.dtype) -> bool:
+        """Whether a value may be too large for a dtype: decoding then saturates, as the weights were in range."""
+        if not self.elements:
+            return False
+        largest = self.scale_values.abs().max() * self.table.abs().max()
+        return self.format.rotation is not None or float(largest) > torch.finfo(dtype).max
 
     def _dense(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         """All elements, flat, before rotation and outliers."""

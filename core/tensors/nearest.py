@@ -10,26 +10,31 @@ has outliers).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 
+from core.errors import InvalidFormat, NonFiniteWeights
 from core.formats.elements import element_table, is_open, shared_weights
-from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places
+from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places, scale_shape
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import PIECE, BlockGrid, Piece
-from core.tensors.dtypes import SAFETENSORS_NAMES
+from core.tensors.dtypes import FLOATING, SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor, scales_like
+from core.tensors.errors import relative_rms_error
 from core.tensors.fitted import fitted_table
 from core.tensors.kernels import gpu
 from core.tensors.passes import passes_for, refuse_not_finite
-from core.tensors.scale_formats import decoded_scales, double_quantised, stored_scales, tensor_scale
+from core.tensors.scale_formats import decoded_scales, double_quantised, require_fp16, stored_scales, tensor_scale
 from core.tensors.scales import sum_of_squares
 from core.tensors.search import best_scales
 from core.tensors.unbiased import unbiased
 
 Parts = dict[str, torch.Tensor]
+_EASY = (2.0**-10, 2.0**15)  # between these, every block type holds weights
+_LOST = 0.5  # R beyond which weights are not held
 
 
 def encode_nearest(
@@ -42,15 +47,29 @@ def encode_nearest(
     """
     shape, dtype = tuple(weight.shape), SAFETENSORS_NAMES[weight.dtype]
     weight = weight.detach()
+    if dtype not in FLOATING:
+        raise InvalidFormat(f"weights of {dtype}", hint=f"one of {', '.join(FLOATING)}")
     if fmt.is_block_type or fmt.outlier_rule or fmt.rotation:
         require_finite(weight)
     if fmt.is_block_type:
-        blocks = rows.encode_rows(fmt.mode, weight.reshape(matrix_shape(shape))).reshape(-1)
-        return EncodedTensor(fmt, shape, dtype, {"codes": blocks.to(weight.device)})
+        return _as_blocks(weight, fmt, dtype)
     flat, extra = _prepared(weight.reshape(-1), fmt, shape, seed)
     encoder = _Encoder(flat, fmt, shape, row_weights)
     encoded = EncodedTensor(fmt, shape, dtype, encoder.parts() | extra)
     return unbiased(encoded, flat) if fmt.is_unbiased else encoded
+
+
+def _as_blocks(weight: torch.Tensor, fmt: TensorFormat, dtype: str) -> EncodedTensor:
+    """In a block type; InvalidFormat where its own scales cannot hold the magnitudes of the tensor."""
+    shape = tuple(weight.shape)
+    blocks = rows.encode_rows(fmt.mode, weight.reshape(matrix_shape(shape))).reshape(-1)
+    encoded = EncodedTensor(fmt, shape, dtype, {"codes": blocks.to(weight.device)})
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if largest and not _EASY[0] < largest < _EASY[1] and relative_rms_error(weight, encoded) > _LOST:
+        raise InvalidFormat(
+            f"weights up to {largest:.3g} are out of the range of {fmt}'s scales", hint="a format with bf16 scales"
+        )
+    return encoded
 
 
 def outliers_in(weight: torch.Tensor, fmt: TensorFormat) -> int:
@@ -83,6 +102,8 @@ def _prepared(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], see
         extra["seed"] = torch.tensor([seed % (1 << 63)], dtype=torch.int64, device=flat.device)
         turn = rotation.RandomRotation.of(seed % (1 << 63), shape)
         flat = turn.rotate(flat.reshape(matrix_shape(shape))).reshape(-1)
+    if fmt.rotation and not bool(torch.isfinite(flat).all()):
+        raise NonFiniteWeights("rotating the weights overflows fp32", hint="leave the rotation out")
     return flat, extra
 
 
@@ -124,7 +145,8 @@ class _Encoder:
 
     def _on_gpu(self) -> Parts | None:
         """Codes and scales in one pass, where a kernel makes them."""
-        found = gpu.encode(self.flat.reshape(self.shape), self.fmt, self.table)
+        is_checked = self.fmt.scale_format == "fp16"  # its range, by the statistics
+        found = None if is_checked else gpu.encode(self.flat.reshape(self.shape), self.fmt, self.table)
         if found is None:
             return None
         if not bool(found.finite):
@@ -144,7 +166,7 @@ class _Encoder:
         """absmax, signed extreme or rms of all blocks, flat fp32."""
         found = self.passes.over(self.passes.statistics, self.grid.pieces(1))
         if not found:
-            return torch.zeros(self.grid.blocks if self.grid.one_scale else 0, device=self.flat.device)
+            return torch.zeros(prod(scale_shape(self.fmt, self.shape)), device=self.flat.device)
         squares = [one for _, one in found if one is not None]
         if squares:
             return _rms(torch.cat(squares), self.grid)
@@ -154,6 +176,7 @@ class _Encoder:
     def _scales(self, *, searched: bool) -> tuple[Parts, torch.Tensor]:
         """The stored scales with all that belongs to them, and the scales as decoded, flat fp32."""
         largest = self.extreme.abs().max() if self.extreme.numel() else self.extreme.sum()
+        require_fp16(self.fmt, self.table, largest)
         constant = tensor_scale(self.fmt, self.table, largest)
         if searched:
             flat = best_scales(self.fmt, self.table, self.extreme, constant, self._pieces)

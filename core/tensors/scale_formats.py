@@ -23,6 +23,7 @@ from functools import lru_cache
 
 import torch
 
+from core.errors import InvalidFormat
 from core.formats import floating
 from core.formats.elements import ElementTable
 from core.formats.stored import DOUBLE_BLOCK
@@ -37,6 +38,8 @@ _E4M3_LARGEST = 448.0
 _E4M3_SMALLEST = 2.0**-9
 _FOUR_SIX_LARGEST = 256.0  # leaves room for the scale that puts a block's maximum at 4
 _E4M3_MIDMAX = 464.0
+_FP16_LARGEST = 65520.0  # rounds to infinity
+_FP16_SMALLEST = 2.0**-24
 _SPACING = 2.0**-23
 _SEGMENT = 4096
 _STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,9 +60,8 @@ def tensor_scale(fmt: TensorFormat, table: ElementTable, largest: torch.Tensor) 
     if fmt.scale_format != "e4m3":
         return None
     room = _FOUR_SIX_LARGEST if fmt.statistic == "fouroversix" else _E4M3_LARGEST
-    divisor = room * abs(end_of(fmt, table))
-    quotient = largest.abs().reshape(1) / largest.new_tensor(divisor)
-    constant = quotient.clamp_(max=_largest_scale(divisor, torch.float32))
+    quotient = largest.abs().reshape(1) / largest.new_tensor(room * abs(end_of(fmt, table)))
+    constant = quotient.clamp_(max=_largest_scale(_E4M3_LARGEST * _outermost(table), torch.float32))
     rounded_up = torch.nextafter(constant, torch.full_like(constant, math.inf))
     constant = torch.where(constant < _FP32_NORMAL, rounded_up, constant)
     return torch.where(largest == 0, torch.ones_like(constant), constant)
@@ -144,17 +146,37 @@ def _given(constant: torch.Tensor | None) -> torch.Tensor:
 
 
 def _rounded(wanted: torch.Tensor, extreme: torch.Tensor, table: ElementTable, dtype: torch.dtype) -> torch.Tensor:
-    limit = _largest_scale(max(-table.values[0], table.values[-1]), dtype)
+    limit = _largest_scale(_outermost(table), dtype)
     rounded = wanted.clamp(-limit, limit).to(dtype)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     vanished = (rounded == 0) & (extreme != 0)  # of `wanted` itself a division may have left 0
     return torch.where(vanished, torch.full_like(rounded, smallest).copysign(wanted.to(dtype)), rounded)
 
 
+def require_fp16(fmt: TensorFormat, table: ElementTable, largest: torch.Tensor) -> None:
+    """InvalidFormat where fp16 cannot hold the scales of a tensor whose largest statistic this is.
+
+    A block far below the others may lose its weights; a tensor whose largest scale is out of range may not.
+    """
+    wanted = float(largest.abs()) / abs(end_of(fmt, table))
+    if fmt.scale_format == "fp16" and wanted and not _FP16_SMALLEST <= wanted < _FP16_LARGEST:
+        raise InvalidFormat(
+            f"the largest scale of the tensor, {wanted:.3g}, is out of the range of fp16",
+            where=str(fmt),
+            hint="bf16 scales",
+        )
+
+
+def _outermost(table: ElementTable) -> float:
+    """The largest magnitude among the values."""
+    return max(-table.values[0], table.values[-1])
+
+
 @lru_cache(maxsize=256)
 def _largest_scale(value: float, dtype: torch.dtype) -> float:
     """The largest number of a dtype whose product with `value` is finite in fp32."""
-    wanted = torch.tensor(min(_FP32_LARGEST / value, torch.finfo(dtype).max), dtype=torch.float64)
+    decoded = float(torch.tensor(value, dtype=torch.float32))  # as tables are stored
+    wanted = torch.tensor(min(_FP32_LARGEST / decoded, torch.finfo(dtype).max), dtype=torch.float64)
     rounded = wanted.to(dtype)
     if float(rounded) > float(wanted):
         integers = torch.int32 if dtype is torch.float32 else torch.int16

@@ -23,7 +23,8 @@ def unbiased(encoded: EncodedTensor, flat: torch.Tensor) -> EncodedTensor:
     factors = torch.where((factors < _MOST) & (factors > 1 / _MOST), factors, torch.ones_like(own)).float()
     scales = encoded.scales.reshape(rows, -1)
     changed = (scales.float() * factors[:, None]).to(scales.dtype)
-    kept = torch.where(changed.isfinite(), changed, scales).reshape(encoded.scales.shape)
+    fits = (changed.float() * encoded.table.abs().max()).isfinite()
+    kept = torch.where(fits, changed, scales).reshape(encoded.scales.shape)
     return EncodedTensor(encoded.format, encoded.shape, encoded.dtype, dict(encoded.stored) | {"scales": kept})
 
 

@@ -176,7 +176,7 @@ def test_the_real_coder_reaches_the_exact_error(family: str, text: str, expected
 
 
 def decoded(text: str, values: list[float]) -> tuple[EncodedTensor, list[float]]:
-    encoded = encode_nearest(torch.tensor([values]), parse(text))
+    encoded = encode_nearest(torch.tensor([values], dtype=torch.float32), parse(text))
     return encoded, encoded.decode().reshape(-1).tolist()
 
 

@@ -80,7 +80,7 @@ def test_a_request_holds_the_outputs_that_the_step_waits_for(bench: Bench) -> No
     claim = bench.claim(job, "quantise", 1)
     request = claim.request
     assert (request.kind, request.index, request.count) == ("quantise", 1, 3)
-    assert [given.kind for given in request.inputs] == ["fetch", "allocate"]
+    assert [given.kind for given in request.inputs] == ["fetch", "calibrate", "allocate"]
     assert request.outputs("allocate")[0].values == {"predicted_kl": 0.125}
 
 

@@ -129,10 +129,11 @@ class _Sums:
         """(a, b, squared error) of y ~ a q + b with b <= bound, for codes q."""
         wq = q if self.w is None else q * self.w
         sum_q, sum_qq, sum_yq = wq.sum(axis=0), _dots(wq, q), _dots(wq, self.y)
-        over = inverse(np.maximum(self.weight * sum_qq - sum_q * sum_q, 0))
+        spread = self.weight * sum_qq - sum_q * sum_q
+        over = inverse(np.maximum(spread, 0))
         a = (self.weight * sum_yq - self.sum_y * sum_q) * over
         b = (sum_qq * self.sum_y - sum_q * sum_yq) * over
-        held = b > bound
+        held = (b > bound) | (spread <= 0)  # one code for all determines no line: the one through the bound
         b = np.where(held, bound, b)
         a = np.where(held, (sum_yq - bound * sum_q) * inverse(sum_qq), a)
         error = self.sum_yy + a * (a * sum_qq - 2 * sum_yq + 2 * b * sum_q) + b * (b * self.weight - 2 * self.sum_y)

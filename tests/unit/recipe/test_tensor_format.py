@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import InvalidFormat, MethodNotAvailable
+from core.errors import BitmillError, InvalidFormat, MethodNotAvailable
 from core.recipe.format_names import (
     ALIASES,
     BLOCK_NAMES,
@@ -22,6 +22,7 @@ from core.recipe.format_names import (
     SCALE_FORMATS,
     STATISTICS,
 )
+from core.recipe.recipe import load_recipe
 from core.recipe.tensor_format import TensorFormat, parse
 
 CONTRACT = [
@@ -238,13 +239,19 @@ def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> 
         ("power0_4@64", "an exponent of 0", "0.05"),
         ("power4_4@64:rms", "power is a table", "@64"),
         ("lloyd1@64", "from 3 to 4096", "lloyd4"),
-        ("bof9@64", "up to 256 codes", "bof8"),
+        ("bof9@64", "up to 256 codes", "8 bits"),
         ("int9-mx@64", "whole widths from 2 to 8", "int4-mx"),
         ("t_4-opt@64", "a given nu", "t7_4-opt"),
         ("sf4-nu0@64", "sf has no mode", "sf4-nu4"),
         ("nf4@64:serch", "no statistic", "did you mean search"),
         ("nvfp5", "no format", "did you mean nvfp4"),
-        ("int1-asym@64", "at least 4 codes", "2-sym"),
+        ("int1-asym@64", "at least 4 codes", "-sym"),
+        ("normal1-opt@64", "at least 4 codes", "2 bits"),
+        ("int4@64:bf16:absmax", "comes before", "absmax:bf16"),
+        ("int4@64:", "nothing after a colon", "absmax"),
+        ("int４@64", "not a family, bits and mode", "int4"),
+        ("t٧_4@64", "not a family, bits and mode", "t5_4"),
+        ("int4@99999999999", "no granularity", "64"),
         ("int4@64+outlier0.01", "no option", "outliers0.001"),
         ("", "no element format", "known"),
         ("@:+", "no element format", "known"),
@@ -318,3 +325,17 @@ def test_a_format_does_not_change() -> None:
     fmt = parse("int4@64")
     with pytest.raises(FrozenInstanceError):
         fmt.bits = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["int4@64+threshold1e20", "t1e16_4@64", "int4@64+outliers1e-05"])
+def test_numbers_of_any_size_read_back(text: str) -> None:
+    assert parse(str(parse(text))) == parse(text)
+
+
+def test_an_even_width_of_a_base_with_an_odd_number_of_codes_has_the_default_mode() -> None:
+    assert str(parse("normal3.17@64:dq8").with_bits(4)) == "normal4-asym@64:absmax:dq8"
+
+
+def test_a_recipe_does_not_say_how_many_outliers_there_are() -> None:
+    with pytest.raises(BitmillError, match="stands in artefacts"):
+        load_recipe({"version": 1, "target": {"bits_per_param": 4}, "format": "int4@64+opq0.95x7"})

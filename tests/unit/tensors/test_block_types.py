@@ -218,6 +218,17 @@ def test_every_element_takes_the_nearest_level_that_its_sub_block_has(name: str)
         np.testing.assert_allclose(found, nearest, atol=1e-5 * np.abs(block).max())
 
 
+@pytest.mark.parametrize("name", [*K_TYPES, "iq4_nl", "q4_1", "q5_1"])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_nearly_constant_sub_blocks_are_kept(name: str, noise: float) -> None:
+    values = normal(name, 4)
+    values[:2, :32] = F(2.5) + F(noise) * normal(name, 2, 1)[:, :32]
+    values[2] = F(1) + F(noise) * values[2]
+    found = round_trip(name, values)
+    parts = [(found[:2, :32], values[:2, :32]), (found[2], values[2])]
+    assert all(np.abs(got - wanted).max() < 0.2 * np.abs(wanted).max() for got, wanted in parts)
+
+
 @pytest.mark.parametrize("name", SEARCHED)
 def test_importance_lowers_the_error_that_it_weighs(name: str) -> None:
     values = normal(name, 65536 // block_type(name).elements)

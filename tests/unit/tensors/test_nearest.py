@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import InvalidCheckpoint, NonFiniteWeights
+from core.errors import InvalidCheckpoint, InvalidFormat, NonFiniteWeights
 from core.formats.elements import element_table, shared_weights
 from core.recipe.tensor_format import TensorFormat, parse
 from core.tensors.blocks import PIECE, BlockGrid
@@ -185,8 +185,65 @@ def test_a_constant_block_is_decoded_within_half_a_gap_of_the_table(text: str) -
 
 
 def test_a_small_scale_does_not_vanish_in_half_precision() -> None:
-    weight = torch.full((1, 8), 1e-9)
-    assert encode_nearest(weight, parse("int4@8:absmax:fp16")).scales.item() > 0
+    weight = torch.tensor([[1e-9] * 8 + [1.0] * 8])
+    assert bool((encode_nearest(weight, parse("int4@8:absmax:fp16")).scales > 0).all())
+
+
+@pytest.mark.parametrize("factor", [1e-11, 1e9])
+@pytest.mark.parametrize("text", ["int4@8:absmax:fp16", "q4_1", "q4_k", "q6_k"])
+def test_a_tensor_whose_scales_are_out_of_range_is_refused(text: str, factor: float) -> None:
+    with pytest.raises(InvalidFormat, match="range"):
+        encode_nearest(factor * data((4, 256)), parse(text))
+
+
+@pytest.mark.parametrize("text", ["nf4@64", "int4@channel+unbiased", "float4@64", "normal4@64+rotate", "q8_0"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_to_a_dtype_saturates(text: str, dtype: torch.dtype) -> None:
+    weight = torch.full((3, 64), torch.finfo(dtype).max).to(dtype) * torch.tensor([1, -1, 0.5]).to(dtype)[:, None]
+    if dtype is torch.bfloat16 and ("q8_0" in text or "rotate" in text):  # scales and sums out of range: refused
+        with pytest.raises((InvalidFormat, NonFiniteWeights)):
+            encode_nearest(weight, parse(text))
+        return
+    decoded = encode_nearest(weight, parse(text)).decode(dtype)
+    assert bool(decoded.isfinite().all())
+    if "rotate" not in text:
+        torch.testing.assert_close(decoded.double(), weight.double(), rtol=0.1, atol=0.1 * torch.finfo(dtype).max)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["laplace2.32@16:rms:fp32", "float4_e2m1@16:rms:e4m3", "int4@16:absmax:fp32+unbiased", "t5_4@7:signmax:e4m3"],
+)
+def test_the_largest_weights_of_fp32_stay_finite(text: str) -> None:
+    weight = data((2, 1030)).clamp(-3, 3) * 1.1e38
+    assert bool(encode_nearest(weight, parse(text)).decode().isfinite().all())
+    assert bool(encode_nearest(torch.full((7,), 3.4e38), parse(text)).decode().isfinite().all())
+
+
+def test_a_rotation_that_overflows_is_refused() -> None:
+    with pytest.raises(NonFiniteWeights, match="rotating"):
+        encode_nearest(torch.full((1, 8), 3e38), parse("int4@8+hadamard"))
+
+
+@pytest.mark.parametrize("text", [*FORMATS, "q4_k", "lloyd4@channel", "nf4@channel:absmax:dq8"])
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (0, 5), (2, 0, 4)], ids=str)
+def test_empty_tensors_are_encoded_to_nothing(text: str, shape: tuple[int, ...]) -> None:
+    encoded = encode_nearest(torch.zeros(shape), parse(text))
+    assert EncodedTensor.from_parts(encoded.format, shape, "F32", encoded.parts()).decode().shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_only_floating_weights_are_taken(dtype: torch.dtype) -> None:
+    with pytest.raises(InvalidFormat, match="weights of"):
+        encode_nearest(torch.zeros(4, 8).to(dtype), parse("int4@8"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, 9.0, 1.5])
+def test_a_fitted_parameter_that_cannot_be_is_refused(value: float) -> None:
+    encoded = encode_nearest(data((4, 64)), parse("float4@64"))
+    parts = encoded.parts() | {"fitted": torch.tensor([value], dtype=torch.float64)}
+    with pytest.raises(InvalidCheckpoint, match="fitted"):
+        EncodedTensor.from_parts(encoded.format, (4, 64), "F32", parts).decode()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
