@@ -85,6 +85,8 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
         "description": _sentence(fmt),
     }
     described |= {"assumed_shared": shared} if not known and depends_on_block(fmt) else {}
+    rule = (fmt.outlier_rule or ("outliers", 0.0))[0]
+    described |= {} if rule == "outliers" else {"not_counted": f"outliers: how many {rule} finds only the data tell"}
     fitted = "codebook" if fmt.family == "lloyd" else fmt.fitted
     return described | ({"fitted": fitted} if fitted else {})
 

@@ -157,10 +157,19 @@ class _Encoder:
         stored, factors = self._scales(searched=self.fmt.is_searched)
         return {"codes": self._codes(factors), **stored}
 
-    def _pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Which blocks, and their elements, (blocks, width)."""
+    def _pieces(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
+        """Which blocks, and their elements, (blocks, width); the short blocks that rows end in on their own."""
         for piece in self.grid.pieces(1):
-            yield slice(piece.first, piece.last), self.grid.to_blocks(self.flat[piece.start : piece.stop])
+            values = self.flat[piece.start : piece.stop]
+            if not self.grid.ragged:
+                yield slice(piece.first, piece.last), self.grid.to_blocks(values)
+                continue
+            rows = values.reshape(-1, self.grid.columns)
+            places = torch.arange(piece.first, piece.last, device=values.device).view(len(rows), -1)
+            whole = self.grid.columns - self.grid.ragged
+            if whole:
+                yield places[:, :-1].reshape(-1), rows[:, :whole].reshape(-1, self.grid.width)
+            yield places[:, -1], rows[:, whole:]
 
     def _statistic(self) -> torch.Tensor:
         """absmax, signed extreme or rms of all blocks, flat fp32."""

@@ -8,7 +8,7 @@
 
 Candidates are tried in ascending order and the first with the smallest error stays, so the search is never worse than
 the statistic itself (which is among the candidates) and does not depend on pieces or threads. `block_error` is the
-readable reference; on the CPU `core.tensors.kernels.cpu_search` repeats it bit for bit.
+readable reference; on the CPU `core.tensors.kernels.cpu_search` chooses as it does, without computing most errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NEIGHBOURS = 4
 _SEGMENT = 4096
 _WORTH_COMPILING = 1 << 14  # elements; below, the reference is done before numba is loaded
 
-Pieces = Callable[[], Iterator[tuple[slice, torch.Tensor]]]
+Pieces = Callable[[], Iterator[tuple[torch.Tensor | slice, torch.Tensor]]]
 
 
 def candidates(
@@ -51,18 +51,19 @@ def best_scales(
 ) -> torch.Tensor:
     """The stored scales with the least squared error, block by block.
 
-    `pieces` yields (which blocks, their elements (blocks, width) fp32), ascending; the same block in several pieces
-    where it is the only one. dq8 scales are chosen before they are coded together.
+    `pieces` yields (which blocks, their elements (blocks, width)), every block once and without padding; the same block
+    in several pieces where it is the only one. dq8 scales are chosen before they are coded together.
     """
     if extreme.numel() == 1:
         tried = _tried(fmt, table, extreme, constant)
-        parts = (_errors(blocks, tried, fmt, table, constant) for _, blocks in pieces())
-        return _least(tried, sum(parts, torch.zeros((len(tried), 1), dtype=torch.float64, device=extreme.device)))
-    chosen = [stored_scales(fmt, table, extreme[:0], constant)]
+        parts = (_errors(blocks.float(), tried, fmt, table, constant) for _, blocks in pieces())
+        errors = sum(parts, torch.zeros((len(tried), 1), dtype=torch.float64, device=extreme.device))
+        return _taken(tried, errors.argmin(dim=0))
+    chosen = stored_scales(fmt, table, extreme, constant)
     for which, blocks in pieces():
         tried = _tried(fmt, table, extreme[which], constant)
-        chosen.append(_least(tried, _errors(blocks, tried, fmt, table, constant)))
-    return torch.cat(chosen)
+        chosen[which] = _taken(tried, _first_least(blocks.float(), tried, fmt, table, constant))
+    return chosen
 
 
 def block_error(blocks: torch.Tensor, scales: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:
@@ -87,23 +88,49 @@ def _tried(
     return torch.stack(list(candidates(fmt, table, extreme, constant)))
 
 
-def _least(tried: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
-    """The first candidate of least error for each block."""
+def _taken(tried: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """The candidate of that index for each block."""
     raw = tried.view(torch.uint8) if tried.dtype is torch.float8_e4m3fn else tried
-    return raw.gather(0, errors.argmin(dim=0, keepdim=True)).squeeze(0).view(tried.dtype)
+    return raw.gather(0, which[None]).squeeze(0).view(tried.dtype)
+
+
+def _first_least(
+    blocks: torch.Tensor, tried: torch.Tensor, fmt: TensorFormat, table: ElementTable, constant: torch.Tensor | None
+) -> torch.Tensor:
+    """Index of the first candidate of least error for each block."""
+    if _worth_compiling(blocks):
+        from core.tensors.kernels import cpu_search
+
+        if cpu_search.supports(blocks, table):
+            scales = _decoded(fmt, tried, constant)
+            return cpu_search.best_candidates(blocks, scales, fmt, table, quotients=uses_quotients(fmt))
+    return _errors(blocks, tried, fmt, table, constant).argmin(dim=0)
 
 
 def _errors(
     blocks: torch.Tensor, tried: torch.Tensor, fmt: TensorFormat, table: ElementTable, constant: torch.Tensor | None
 ) -> torch.Tensor:
     """(candidates, blocks) squared errors, fp64."""
-    scales = decoded_scales(fmt, tried.reshape(-1), constant).view(tried.shape)
-    if blocks.numel() >= _WORTH_COMPILING and blocks.device.type == "cpu":
+    scales = _decoded(fmt, tried, constant)
+    if _worth_compiling(blocks):
         from core.tensors.kernels import cpu_search
 
         if cpu_search.supports(blocks, table):
             return cpu_search.block_errors(blocks, scales, fmt, table, quotients=uses_quotients(fmt))
     return torch.stack([block_error(blocks, one, fmt, table) for one in scales])
+
+
+def _worth_compiling(blocks: torch.Tensor) -> bool:
+    return blocks.numel() >= _WORTH_COMPILING and blocks.device.type == "cpu"
+
+
+def _decoded(fmt: TensorFormat, tried: torch.Tensor, constant: torch.Tensor | None) -> torch.Tensor:
+    """Decoded scales; of one byte, by a table of them all."""
+    if tried.element_size() > 1:
+        return decoded_scales(fmt, tried.reshape(-1), constant).view(tried.shape)
+    every = torch.arange(256, dtype=torch.uint8, device=tried.device).view(tried.dtype)
+    patterns = tried.view(torch.uint8).reshape(-1).int()
+    return decoded_scales(fmt, every, constant).index_select(0, patterns).view(tried.shape)
 
 
 def _halved(numbers: torch.Tensor) -> torch.Tensor:
@@ -130,8 +157,9 @@ def _e4m3_neighbours(
     )
     plain = stored_scales(fmt, table, extreme, constant)
     grid = e4m3_values().to(extreme.device)
-    first = torch.bucketize(wanted.abs(), grid).clamp(max=grid.numel() - 1)
+    last = grid.numel() - 1
+    first = torch.bucketize(wanted.abs(), grid).clamp(max=last).to(torch.int16)
+    sign, is_zero = (wanted < 0).to(torch.uint8) << 7, extreme == 0
     for step in range(-_NEIGHBOURS, _NEIGHBOURS + 1):
-        magnitude = grid[(first + step).clamp(0, grid.numel() - 1)]
-        near = torch.where(wanted < 0, -magnitude, magnitude)
-        yield torch.where(extreme == 0, plain.float(), near).to(torch.float8_e4m3fn)
+        near = ((first + step).clamp_(0, last) + 1).to(torch.uint8) | sign  # the pattern 1 is the first value's
+        yield torch.where(is_zero, plain.view(torch.uint8), near).view(torch.float8_e4m3fn)

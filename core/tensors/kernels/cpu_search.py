@@ -1,11 +1,27 @@
-"""The squared errors of blocks under candidate scales on the CPU, compiled by numba when first asked for.
+"""The search of block scales on the CPU: exact errors of candidates, and the first candidate of least error.
 
 `block_errors` equals the readable reference, `core.tensors.search.block_error` of each candidate, bit for bit: the same
-limits, the same fp32 decoded values, and fp64 squares added in the same order. No codes are written, and nothing beyond
-a few KiB and the errors themselves is allocated. Blocks are independent, so threads change nothing.
+limits, the same fp32 decoded values, and fp64 squares added in the same order. `best_candidates` gives the index that
+the first minimum of those errors has, and computes few of them: a quick look in 16-bit integers says which candidates
+cannot win, and exact errors are computed only where two or more are left. No codes are written. Blocks are independent,
+so threads change nothing. Loops are compiled by numba when first asked for.
 
-Numbers are compared as keys: the bit pattern's magnitude, negative for negative numbers. Keys order as numbers do, and
-both zeros are 0.
+Why the quick look never drops the winner. A block of n elements is measured in units of 1/24000 of its largest
+magnitude. With x and v the elements and decoded values in these units, X and V the integers nearest to them, V cut to
++-32767:
+
+    |X - x| <= 1/2 + 2^-9, |V - v| <= 1/2 + 2^-7    the second terms are for fp32: three roundings of at most 2^15
+    D = min_k |X - V_k|                             exactly: all are integers, and limits lie half-way between the V
+    d = |x - v of the code| <= min_k |x - v_k| + 2^-5    as limits and quotients in fp32 are off by less than 2^-7
+
+so |D - d| <= m = 1 + 1/16 for every element, and by the triangle inequality the norms of both differ by at most
+m sqrt(n). Where a V was cut, D is only smaller: cutting to an interval that has X in it brings no V farther from X; if
+moreover no element can have taken a V that was cut, D is what it would be without cutting. Hence norm(D) - m sqrt(n) is
+never above the root of the exact error, and norm(D) + m sqrt(n) is never below it unless an element may have taken a
+cut V, in which case it is not used; rounding in fp64 is far below what m leaves. The winner's lower bound cannot be
+above the upper bound of any other, so the winner is kept, and so are all that tie with it. Sums of D^2 in fp32 are off
+by less than (n/4 + 8) 2^-23 of them, which the comparison allows for. Blocks outside of 2^-100 .. 2^100, and those with
+scales of 0 or of both signs, keep all candidates.
 """
 
 from __future__ import annotations
@@ -20,25 +36,19 @@ from numpy.typing import NDArray
 from core.formats import integer
 from core.formats.elements import ElementTable
 from core.recipe.tensor_format import TensorFormat
-from core.tensors.kernels.cpu_jit import compiled
+from core.tensors.kernels import cpu_search_jit as loops
 
-Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
-Places = NDArray[np.uint32]
 Doubles = NDArray[np.float64]
-Grid = tuple[float, float, float, float]
-Table = tuple[Floats, Doubles, NDArray[np.bool_]]
-Rules = tuple[bool, bool, bool]
+Flags = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
 Part = Callable[[int, int], None]  # works on blocks low..high
 
-SEGMENT = 4096  # elements whose squares are added on their own
-GROUP = 8  # limits that one step compares with
-FEW = 48  # up to this many limits, comparing with all of them is faster than searching
-_MAGNITUDE = 0x7FFFFFFF
+_LONGEST = 1 << 14  # elements of a block up to which it is looked at quickly: 32 blocks side by side are 1 MiB
 
 
 def supports(blocks: torch.Tensor, table: ElementTable) -> bool:
-    """Whether `block_errors` takes these blocks: fp32 on the CPU and at most 256 values."""
+    """Whether this module takes these blocks: fp32 on the CPU and at most 256 values."""
     return blocks.device.type == "cpu" and blocks.dtype is torch.float32 and len(table.values) <= 256
 
 
@@ -49,209 +59,95 @@ def block_errors(
 
     `quotients`: whether fl32(x / scale) is rounded and not the real quotient.
     """
-    out = torch.empty(scales.shape, dtype=torch.float64)
-    arrays = blocks.contiguous().numpy(), scales.contiguous().numpy(), out.numpy()
-    work = _integer_work(fmt, *arrays) if fmt.family == "int" else _table_work(fmt, table, quotients, *arrays)
-    threads = min(torch.get_num_threads(), max(len(blocks), 1))
+    given = blocks.contiguous().numpy(), scales.contiguous().numpy()
+    asked, out = np.ones(scales.shape, dtype=np.bool_), np.empty(scales.shape)
+    _divided(_exact_work(fmt, table, quotients, *given, asked, out), len(blocks))
+    return torch.from_numpy(out)
+
+
+def best_candidates(
+    blocks: torch.Tensor, scales: torch.Tensor, fmt: TensorFormat, table: ElementTable, *, quotients: bool
+) -> torch.Tensor:
+    """Index of the first candidate of least squared error for each block, int64.
+
+    Arguments as of `block_errors`, all finite.
+    """
+    given = blocks.contiguous().numpy(), scales.contiguous().numpy()
+    asked, best = undecided(fmt, table, *given)
+    out = np.empty(scales.shape)
+    work = _exact_work(fmt, table, quotients, *given, asked, out)
+
+    def part(low: int, high: int) -> None:
+        work(low, high)
+        loops.first_least(out, asked, low, high, best)
+
+    _divided(part, len(blocks))
+    return torch.from_numpy(best).long()
+
+
+def undecided(fmt: TensorFormat, table: ElementTable, blocks: Floats, scales: Floats) -> tuple[Flags, Bytes]:
+    """After the quick look: which exact errors are needed, (candidates, count), and the choice where none is, (count,).
+
+    Where some are, the choice is the first of them. All are where the table or the width is none for a quick look.
+    """
+    short, is_half = _short_table(table)
+    width, best = blocks.shape[1], np.zeros(len(blocks), dtype=np.uint8)
+    if short is None or len(scales) < 2 or width % 4 or not 0 < width <= _LONGEST:
+        return np.ones(scales.shape, dtype=np.bool_), best
+    asked = np.empty(scales.shape, dtype=np.bool_)
+    rules = is_half, 0.0 in table.values, fmt.base_statistic == "signmax"
+    _divided(lambda low, high: loops.look(blocks, scales, short, rules, low, high, asked, best), len(blocks))
+    return asked, best
+
+
+def _short_table(table: ElementTable) -> tuple[Floats | None, bool]:
+    """The values to look among, filled up to a length that there is a loop for; whether for magnitudes.
+
+    None where there are too many, or where an element may take a value that is not the nearest.
+    """
+    values = np.array(table.values, dtype=np.float32)
+    is_half = bool(np.array_equal(values, -values[::-1]))
+    values = values[values.size // 2 :] if is_half else values
+    lengths = [length for length in loops.SHORT_TABLES if length >= values.size]
+    if table.edges is not None or not lengths or not (is_half or values[0] <= 0 <= values[-1]):
+        return None, is_half
+    return np.pad(values, (0, lengths[0] - values.size), mode="edge"), is_half
+
+
+def _divided(work: Part, blocks: int) -> None:
+    """All blocks, on torch's number of threads."""
+    threads = min(torch.get_num_threads(), max(blocks, 1))
     if threads == 1:
-        work(0, len(blocks))
-        return out
-    bounds = [len(blocks) * part // threads for part in range(threads + 1)]
+        work(0, blocks)
+        return
+    bounds = [blocks * part // threads for part in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, bounds[:-1], bounds[1:]))
-    return out
 
 
-def _integer_work(fmt: TensorFormat, blocks: Floats, scales: Floats, out: Doubles) -> Part:
+def _exact_work(
+    fmt: TensorFormat, table: ElementTable, quotients: bool, blocks: Floats, scales: Floats, asked: Flags, out: Doubles
+) -> Part:
+    if fmt.family == "int":
+        return _integer_work(fmt, blocks, scales, asked, out)
+    return _table_work(fmt, table, quotients, blocks, scales, asked, out)
+
+
+def _integer_work(fmt: TensorFormat, blocks: Floats, scales: Floats, asked: Flags, out: Doubles) -> Part:
     lowest, step = integer.lowest(fmt.mode, fmt.codes), integer.step(fmt.mode, fmt.codes)
     grid = (step, lowest - int(lowest), lowest + (1.0 if fmt.mode == "mx" else 0.0), lowest + fmt.codes - 1)
-    return lambda low, high: integer_errors(blocks, scales, grid, low, high, out)
+    return lambda low, high: loops.integer_errors(blocks, scales, grid, asked, low, high, out)
 
 
 def _table_work(
-    fmt: TensorFormat, table: ElementTable, quotients: bool, blocks: Floats, scales: Floats, out: Doubles
+    fmt: TensorFormat, table: ElementTable, quotients: bool, blocks: Floats, scales: Floats, asked: Flags, out: Doubles
 ) -> Part:
     count = len(table.limits)
-    filled = -(-count // GROUP) * GROUP
-    filled = filled if filled <= FEW else (1 << count.bit_length()) - 1
+    filled = -(-count // loops.GROUP) * loops.GROUP
+    filled = filled if filled <= loops.FEW else (1 << count.bit_length()) - 1
     limits, values = np.full(filled, np.inf), np.zeros(filled + 1, dtype=np.float32)
     on_tie = np.zeros(filled, dtype=np.bool_)
     limits[:count], on_tie[:count], values[: count + 1] = table.limits, table.upper_on_tie, table.values
     given = values, limits, on_tie
     rules = (not fmt.is_codebook, quotients, fmt.base_statistic == "signmax")
-    return lambda low, high: table_errors(blocks, scales, given, rules, low, high, out)
-
-
-@compiled
-def integer_errors(blocks: Floats, scales: Floats, grid: Grid, low: int, high: int, out: Doubles) -> None:
-    """Of blocks low..high. `grid`: step, shift, first, last; values (first, ..., last) * step, half to even."""
-    width = blocks.shape[1]
-    part, squares = np.empty(min(width, SEGMENT), np.float32), np.empty(min(width, SEGMENT))
-    for b in range(low, high):
-        out[:, b] = 0.0
-        for start in range(0, width, SEGMENT):
-            size = min(SEGMENT, width - start)
-            part[:size] = blocks[b, start : start + size]
-            for c in range(scales.shape[0]):
-                if scales[c, b] == 0:
-                    _squares(part, size, squares)
-                else:
-                    _integer_squares(part, size, scales[c, b], grid, squares)
-                out[c, b] += _halved(squares, size)
-
-
-@compiled
-def _integer_squares(part: Floats, size: int, scale: float, grid: Grid, squares: Doubles) -> None:
-    step, shift, first, last = grid
-    turn, factor = np.float32(-1.0) if scale < 0 else np.float32(1.0), np.float32(abs(scale))
-    gap = np.float64(factor) * step
-    for i in range(size):
-        x = part[i] * turn
-        level = np.rint(np.float64(x) / gap - shift) + shift
-        level = min(max(level, first), last)
-        error = np.float64(x) - np.float64(np.float32(level * step) * factor)
-        squares[i] = error * error
-
-
-@compiled
-def table_errors(blocks: Floats, scales: Floats, table: Table, rules: Rules, low: int, high: int, out: Doubles) -> None:
-    """Of blocks low..high. `table`: values, the limits between them, whether a number on a limit lies above it.
-
-    The table is filled up to whole groups with limits of infinity. `rules`: exact, quotients and signed as in
-    `core.tensors.indices`.
-    """
-    values, limits, on_tie = table
-    exact, quotients, signed = rules
-    width = blocks.shape[1]
-    longest = min(width, SEGMENT)
-    part, decoded, keys = np.empty(longest, np.float32), np.empty(longest, np.float32), np.empty(longest, np.int32)
-    squares, found = np.empty(longest), np.empty(longest, np.uint32)
-    patterns, quotient_patterns = part.view(np.int32), decoded.view(np.int32)
-    bounds, scaled = np.empty(limits.size, np.int32), np.empty(values.size, np.float32)
-    _bounds(limits, on_tie, 1.0, exact, scaled, bounds)
-    for b in range(low, high):
-        out[:, b] = 0.0
-        for start in range(0, width, SEGMENT):
-            size = min(SEGMENT, width - start)
-            part[:size] = blocks[b, start : start + size]
-            for c in range(scales.shape[0]):
-                scale, turned = abs(scales[c, b]), signed and scales[c, b] < 0
-                if scale == 0:
-                    _squares(part, size, squares)
-                else:
-                    if quotients:
-                        _divide(part, size, scale, decoded)
-                        _keys(quotient_patterns, size, turned, keys)
-                    else:
-                        _bounds(limits, on_tie, scale, exact, scaled, bounds)
-                        _keys(patterns, size, turned, keys)
-                    for k in range(values.size):
-                        scaled[k] = values[k] * scale
-                    _decode(keys, size, bounds, scaled, found, decoded)
-                    _differences(part, size, turned, decoded, squares)
-                out[c, b] += _halved(squares, size)
-
-
-@compiled
-def _squares(part: Floats, size: int, squares: Doubles) -> None:
-    for i in range(size):
-        squares[i] = np.float64(part[i]) * np.float64(part[i])
-
-
-@compiled
-def _divide(part: Floats, size: int, scale: float, quotients: Floats) -> None:
-    for i in range(size):
-        quotients[i] = part[i] / scale
-
-
-@compiled
-def _differences(part: Floats, size: int, turned: bool, decoded: Floats, squares: Doubles) -> None:
-    turn = -1.0 if turned else 1.0
-    for i in range(size):
-        error = turn * np.float64(part[i]) - np.float64(decoded[i])
-        squares[i] = error * error
-
-
-@compiled
-def _bounds(
-    limits: Doubles, on_tie: NDArray[np.bool_], scale: float, exact: bool, products: Floats, bounds: Ints
-) -> None:
-    """Keys of fl32(limit * scale), one less where x on it lies above the limit: see `indices.limits_of`."""
-    factor = np.float64(scale)
-    bits = products.view(np.int32)
-    for k in range(limits.size):
-        products[k] = np.float32(limits[k] * factor)
-    for k in range(limits.size):
-        magnitude = np.int32(bits[k] & np.int32(_MAGNITUDE))
-        bounds[k] = np.int32(-magnitude) if bits[k] < 0 else magnitude
-    if exact:
-        for k in range(limits.size):
-            product, rounded = limits[k] * factor, np.float64(products[k])
-            bounds[k] -= np.int32((product < rounded) | ((product == rounded) & on_tie[k]))
-
-
-@compiled
-def _keys(patterns: Ints, size: int, turned: bool, keys: Ints) -> None:
-    flip = np.int32(-1) if turned else np.int32(0)
-    for i in range(size):
-        sign = np.int32((patterns[i] >> np.int32(31)) ^ flip)
-        magnitude = np.int32(patterns[i] & np.int32(_MAGNITUDE))
-        keys[i] = np.int32((magnitude ^ sign) - sign)
-
-
-@compiled
-def _decode(keys: Ints, size: int, bounds: Ints, scaled: Floats, found: Places, decoded: Floats) -> None:
-    """The scaled value of each key: the last one whose bound lies below the key."""
-    if bounds.size <= FEW:
-        for i in range(size):
-            decoded[i] = scaled[0]
-        for k in range(0, bounds.size, GROUP):
-            _compared(keys, size, bounds, scaled, k, decoded)
-    else:
-        _searched(keys, size, bounds, found)
-        for i in range(size):
-            decoded[i] = scaled[found[i]]
-
-
-@compiled
-def _compared(keys: Ints, size: int, bounds: Ints, scaled: Floats, k: int, decoded: Floats) -> None:
-    b0, b1, b2, b3 = bounds[k], bounds[k + 1], bounds[k + 2], bounds[k + 3]
-    b4, b5, b6, b7 = bounds[k + 4], bounds[k + 5], bounds[k + 6], bounds[k + 7]
-    v0, v1, v2, v3 = scaled[k + 1], scaled[k + 2], scaled[k + 3], scaled[k + 4]
-    v4, v5, v6, v7 = scaled[k + 5], scaled[k + 6], scaled[k + 7], scaled[k + 8]
-    for i in range(size):
-        key, value = keys[i], decoded[i]
-        value = v0 if key > b0 else value
-        value = v1 if key > b1 else value
-        value = v2 if key > b2 else value
-        value = v3 if key > b3 else value
-        value = v4 if key > b4 else value
-        value = v5 if key > b5 else value
-        value = v6 if key > b6 else value
-        decoded[i] = v7 if key > b7 else value
-
-
-@compiled
-def _searched(keys: Ints, size: int, bounds: Ints, found: Places) -> None:
-    """How many bounds lie below each key, by halving; there are 2^k - 1 bounds or more."""
-    step = np.uint32((bounds.size + 1) // 2)
-    for i in range(size):
-        found[i] = 0
-    while step > 0:
-        for i in range(size):
-            found[i] += step if keys[i] > bounds[np.uint32(found[i] + step - np.uint32(1))] else np.uint32(0)
-        step = np.uint32(step >> np.uint32(1))
-
-
-@compiled
-def _halved(numbers: Doubles, size: int) -> float:
-    """The sum: of a power of two of numbers, filled up with 0, the upper half joins the lower until one is left."""
-    rest, half = np.uint64(size), np.uint64(1)
-    while half * np.uint64(2) < rest:
-        half *= np.uint64(2)
-    while half > 0:
-        for i in range(min(half, rest - half)):
-            numbers[i] += numbers[i + half]
-        rest = min(rest, half)
-        half //= np.uint64(2)
-    return float(numbers[0])
+    return lambda low, high: loops.table_errors(blocks, scales, given, rules, asked, low, high, out)
