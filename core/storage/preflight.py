@@ -1,8 +1,8 @@
 """What can be refused before any work is done: from the headers, the config and the recipe alone.
 
 Promise: nothing that would succeed is refused, but for families some of whose allowed widths have no table. The bound
-on the size is a true one (headers of the new files are left out of it), so allocation has the last word on targets just above it, as the engine has on architectures. No tensor
-data is read; no torch.
+on the size is a true one (headers of the new files are left out of it), so allocation has the last word on targets just
+above it, as the engine has on architectures. No tensor data is read; no torch.
 """
 
 from __future__ import annotations
