@@ -61,7 +61,7 @@ def awkward(fmt: TensorFormat, dtype: torch.dtype, shape: tuple[int, int] = (12,
     weight[3] = -0.0
     weight[4] *= 64 * smallest
     weight[5] *= 8 * smallest * torch.finfo(dtype).eps
-    weight[6] *= largest
+    weight[6] *= largest if fmt.scale_format != "fp16" else 2.0**14  # larger scales than fp16 has are refused
     weight[7] = 0.5 * (-1.0) ** torch.arange(shape[1])
     weight[8] = -weight[7]
     table = table_of(fmt, shape)
