@@ -62,14 +62,22 @@ def limits_of(
 
 
 def _integer_indices(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Half to even on the integers' own grid: the quotient in fp64 shows every tie of fp32 numbers exactly."""
+    """Half to even on the integers' own grid: the quotient in fp64 shows every tie of fp32 numbers exactly.
+
+    Between halves the limits are whole numbers, of which even ones belong below. (Rounding quotient + 1/2 would take
+    the least positive quotients for 0.)
+    """
     lowest = integer.lowest(fmt.mode, fmt.codes)
     first = 1 if fmt.mode == "mx" else 0  # the stored code that index 0 has
-    shift = lowest - int(lowest)  # 0, or -0.5 for a grid of halves
     step = integer.step(fmt.mode, fmt.codes)
     quotients = blocks.double().div_(factors.double()[:, None] * step).nan_to_num_(0.0)
-    levels = quotients.sub_(shift).round_().sub_(lowest - shift).clamp_(first, fmt.codes - 1).sub_(first)
-    return levels.to(torch.uint8 if fmt.codes <= 256 else torch.int32)
+    if lowest == int(lowest):
+        levels = quotients.round_()
+    else:
+        levels = quotients.floor()
+        levels.sub_(((levels == quotients) & (levels.remainder(2) == 0)).double()).add_(0.5)
+    indices = levels.sub_(lowest).clamp_(first, fmt.codes - 1).sub_(first)
+    return indices.to(torch.uint8 if fmt.codes <= 256 else torch.int32)
 
 
 def _counted(blocks: torch.Tensor, factors: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> torch.Tensor:

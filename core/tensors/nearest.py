@@ -10,6 +10,7 @@ has outliers).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from math import prod
 
 import torch
@@ -127,7 +128,6 @@ class _Encoder:
         self.on_gpu = self._on_gpu() if flat.device.type == "cuda" else None
         if self.on_gpu is not None:
             return
-        self.extreme = self._statistic()
         if is_open(fmt):
             scales = self.extreme if fmt.family == "float" else self._scales(searched=False)[1]
             fit = fitted_table(flat, fmt, shape, scales, row_weights)
@@ -154,6 +154,10 @@ class _Encoder:
         return {"codes": found.codes, "scales": found.scales}
 
     def _coded(self) -> Parts:
+        """Codes and scales, in one pass where there is one; fp16's range is checked by the statistics."""
+        found = None if self.fmt.scale_format == "fp16" else self.passes.whole(self.table)
+        if found is not None:
+            return {"codes": found.codes, "scales": scales_like(self.fmt, self.shape, found.scales)}
         stored, factors = self._scales(searched=self.fmt.is_searched)
         return {"codes": self._codes(factors), **stored}
 
@@ -171,7 +175,8 @@ class _Encoder:
                 yield places[:, :-1].reshape(-1), rows[:, :whole].reshape(-1, self.grid.width)
             yield places[:, -1], rows[:, whole:]
 
-    def _statistic(self) -> torch.Tensor:
+    @cached_property
+    def extreme(self) -> torch.Tensor:
         """absmax, signed extreme or rms of all blocks, flat fp32."""
         found = self.passes.over(self.passes.statistics, self.grid.pieces(1))
         if not found:

@@ -7,17 +7,21 @@ for the CPU that give the same bits many times as fast. `passes_for` takes the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from core.errors import NonFiniteWeights
 from core.formats.elements import ElementTable, stored_codes
+from core.formats.stored import group_of, packed_bytes, plane_places, planes, scale_dtype
 from core.recipe.tensor_format import TensorFormat
 from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.indices import nearest_indices, uses_quotients
 from core.tensors.kernels import cpu, cpu_packing
 from core.tensors.kernels.cpu_rule import rounding_rule
+from core.tensors.kernels.cpu_whole import OnePass, one_pass
 from core.tensors.packing import pack_planes
 from core.tensors.scales import extreme_of, sum_of_squares
 
@@ -25,8 +29,19 @@ Result = TypeVar("Result")
 Statistics = tuple[torch.Tensor, torch.Tensor | None]
 
 
+class Encoded(NamedTuple):
+    """`codes`: packed, uint8. `scales`: as stored, flat."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
 class Passes(Protocol):
     """One tensor's passes. Pieces may be asked for in any order and from several threads."""
+
+    def whole(self, table: ElementTable) -> Encoded | None:
+        """All of the tensor in one pass; None where it takes two. NonFiniteWeights for NaN or infinity."""
+        ...
 
     def statistics(self, piece: Piece) -> Statistics:
         """Extremes of the blocks, fp32 (signed under signmax), and under rms their sums of squares, fp64.
@@ -71,6 +86,9 @@ class Reference:
         """(blocks, width) fp32 of a piece."""
         return self.grid.to_blocks(self.flat[piece.start : piece.stop].float())
 
+    def whole(self, table: ElementTable) -> Encoded | None:  # noqa: ARG002 - the readable one has two passes
+        return None
+
     def statistics(self, piece: Piece) -> Statistics:
         blocks = self.blocks(piece)
         finite = torch.isfinite(blocks)
@@ -96,7 +114,27 @@ class Compiled:
 
     def __init__(self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> None:
         self.flat, self.fmt, self.shape = flat, fmt, shape
-        self.columns, self.width = BlockGrid.of(fmt, shape).kernel_blocks
+        self.grid = BlockGrid.of(fmt, shape)
+        self.columns, self.width = self.grid.kernel_blocks
+
+    def whole(self, table: ElementTable) -> Encoded | None:
+        pass_ = one_pass(self.fmt, table, self.grid)
+        if pass_ is None:
+            return None
+        codes = torch.from_numpy(np.empty(packed_bytes(self.fmt.codes, self.grid.elements), np.uint8))
+        found = Encoded(codes, torch.empty(self.grid.blocks, dtype=TORCH_DTYPES[scale_dtype(self.fmt)]))
+        self.over(lambda piece: self._place(piece, pass_, found), self.grid.pieces(group_of(self.fmt.codes)))
+        return found
+
+    def _place(self, piece: Piece, pass_: OnePass, found: Encoded) -> None:
+        """Scales and codes of a piece at their places."""
+        radix, count = self.fmt.codes, piece.stop - piece.start
+        places = plane_places(radix, self.grid.elements, piece.start)
+        bytes_ = [found.codes[at : at + plane.nbytes(count)] for at, plane in zip(places, planes(radix), strict=True)]
+        scales, blocks = found.scales[piece.first : piece.last], (self.columns, self.width)
+        damaged = pass_.encode(self.flat, piece.start, piece.stop, blocks, scales, bytes_)
+        if damaged is not None:
+            raise refuse_not_finite(self.shape, piece.start + damaged)
 
     def statistics(self, piece: Piece) -> Statistics:
         values, name = self.flat[piece.start : piece.stop], self.fmt.base_statistic

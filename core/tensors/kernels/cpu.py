@@ -28,11 +28,11 @@ Starts = NDArray[np.uint64]
 PieceOfWork = TypeVar("PieceOfWork")
 Result = TypeVar("Result")
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _MOST_CODES = 256
 OUTPUTS = (torch.float32, torch.bfloat16)
-_ROOM = 32  # elements that COUNT reads and codes that it writes beyond the piece
+ROOM = 32  # elements that COUNT reads and codes that it writes beyond the piece
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BlockStatistics:
 
 def supports(dtype: torch.dtype, codes: int) -> bool:
     """Whether these kernels work on weights of that dtype and formats of that many codes (on the CPU)."""
-    return dtype in _KINDS and codes <= _MOST_CODES
+    return dtype in KINDS and codes <= _MOST_CODES
 
 
 def statistics(piece: torch.Tensor, columns: int, width: int, statistic: str) -> BlockStatistics:
@@ -60,15 +60,23 @@ def statistics(piece: torch.Tensor, columns: int, width: int, statistic: str) ->
     """
     from core.tensors.kernels import cpu_jit
 
-    bits, starts = _bits(piece), _starts(piece.numel(), columns, width)
-    mask, infinity = int(np.iinfo(bits.dtype).max), _INFINITY[piece.dtype]
+    bits, starts = bits_of(piece), starts_of(piece.numel(), columns, width)
     found = np.empty(starts.size - 1, bits.dtype)
     kernel = cpu_jit.block_signmax if statistic == "signmax" else cpu_jit.block_absmax
-    largest = kernel(bits, starts, mask, found)
+    largest = kernel(bits, starts, found)
     extreme = torch.from_numpy(found).view(piece.dtype).float()
-    if largest >= infinity:
-        return BlockStatistics(extreme, None, int(cpu_jit.first_not_finite(bits, mask, infinity)))
-    return BlockStatistics(extreme, _squares(piece, starts) if statistic == "rms" else None, None)
+    if largest >= INFINITY[piece.dtype]:
+        return BlockStatistics(extreme, None, first_not_finite(piece))
+    squares = _squares(bits, starts, KINDS[piece.dtype], found) if statistic == "rms" else None
+    return BlockStatistics(extreme, squares, None)
+
+
+def first_not_finite(piece: torch.Tensor) -> int:
+    """Index of the first NaN or infinity of a flat piece, -1 where there is none."""
+    from core.tensors.kernels import cpu_packing_jit
+
+    bits = bits_of(piece)
+    return int(cpu_packing_jit.first_not_finite(bits, int(np.iinfo(bits.dtype).max), INFINITY[piece.dtype]))
 
 
 def encode_codes(
@@ -80,17 +88,14 @@ def encode_codes(
     code is that of the value nearest to 0. All elements must be finite. `flat` may reach beyond the piece, which saves
     a copy: what follows is read and never used.
     """
-    codes = torch.empty(stop - start + _ROOM, dtype=torch.uint8)
-    starts, factors = _starts(stop - start, columns, width), scales.contiguous().numpy()
+    codes = torch.empty(stop - start + ROOM, dtype=torch.uint8)
+    starts, factors = starts_of(stop - start, columns, width), scales.contiguous().numpy()
     if rule.method is Method.COUNT:
         _count(flat, start, stop, starts, factors, rule, codes.numpy())
     else:
         _round(_wide(flat[start:stop]), starts, factors, rule, codes.numpy())
     found = codes[: stop - start]
-    if rule.stored is not None:
-        from core.tensors.kernels import cpu_packing_jit
-
-        cpu_packing_jit.replace_codes(found.numpy(), rule.stored)
+    _translate(found.numpy(), rule)
     return found
 
 
@@ -102,17 +107,19 @@ def decode(
     `table`: fp32, by stored code, at most 256; larger codes decode as its last value. `scales`: decoded, fp32, one per
     block of the piece. `out`: flat, contiguous.
     """
-    from core.tensors.kernels import cpu_jit
+    from core.tensors.kernels import cpu_decode_jit
 
-    starts, values, factors = _starts(codes.numel(), columns, width), table.numpy(), scales.contiguous().numpy()
+    starts, values, factors = starts_of(codes.numel(), columns, width), table.numpy(), scales.contiguous().numpy()
     filling = np.full(_MOST_CODES - values.size, values[-1], np.float32)
     whole, steps = np.concatenate((values, filling)), _even_steps(values)
     if out.dtype is torch.bfloat16:
-        cpu_jit.decode_bf16(codes.numpy(), starts, whole, factors, out.view(torch.int16).numpy())
+        few = values.size <= cpu_decode_jit.FEW
+        kernel = cpu_decode_jit.decode_few_bf16 if few else cpu_decode_jit.decode_bf16
+        kernel(codes.numpy(), starts, whole, factors, out.view(torch.int16).numpy())
     elif steps is not None:
-        cpu_jit.decode_steps(codes.numpy(), starts, *steps, values.size - 1, factors, out.numpy())
+        cpu_decode_jit.decode_steps(codes.numpy(), starts, *steps, values.size - 1, factors, out.numpy())
     else:
-        cpu_jit.decode_values(codes.numpy(), starts, whole, factors, out.numpy())
+        cpu_decode_jit.decode_values(codes.numpy(), starts, whole, factors, out.numpy())
 
 
 def over_pieces(work: Callable[[PieceOfWork], Result], pieces: Iterable[PieceOfWork]) -> list[Result]:
@@ -124,13 +131,13 @@ def over_pieces(work: Callable[[PieceOfWork], Result], pieces: Iterable[PieceOfW
         return list(pool.map(work, todo))
 
 
-def _bits(values: torch.Tensor) -> Bits:
+def bits_of(values: torch.Tensor) -> Bits:
     """The patterns of a flat contiguous tensor, without a copy."""
     return values.view(torch.int32 if values.dtype is torch.float32 else torch.int16).numpy()
 
 
 @lru_cache(maxsize=8)
-def _starts(count: int, columns: int, width: int) -> Starts:
+def starts_of(count: int, columns: int, width: int) -> Starts:
     """Where the blocks of `count` elements start, and where the last one ends."""
     rows = np.arange(0, count, columns, dtype=np.uint64)
     starts = (rows[:, None] + np.arange(0, columns, width, dtype=np.uint64)).reshape(-1)
@@ -139,22 +146,21 @@ def _starts(count: int, columns: int, width: int) -> Starts:
 
 def _wide(piece: torch.Tensor) -> NDArray[np.float32]:
     """The finite elements of a piece in fp32; a copy only of 16-bit ones."""
-    from core.tensors.kernels import cpu_packing_jit
+    from core.tensors.kernels import cpu_jit
 
     if piece.dtype is torch.float32:
         return piece.numpy()
     patterns = np.empty(piece.numel(), np.int32)
-    cpu_packing_jit.widen(_bits(piece), piece.dtype is torch.float16, patterns)
+    cpu_jit.widen(bits_of(piece), KINDS[piece.dtype], patterns)
     return patterns.view(np.float32)
 
 
-def _squares(piece: torch.Tensor, starts: Starts) -> torch.Tensor:
+def _squares(bits: Bits, starts: Starts, kind: int, largest: Bits) -> torch.Tensor:
     from core.tensors.kernels import cpu_jit
 
-    part = np.uint64(cpu_jit.PART)
-    parts = int(((starts[1:] - starts[:-1] + part - np.uint64(1)) // part).sum())
-    sums, out = np.empty(parts + cpu_jit.PART), np.empty(starts.size - 1)
-    cpu_jit.block_squares(_wide(piece), starts, sums, out)
+    sizes = starts[1:] - starts[:-1]
+    squares, out = np.empty(int(sizes.max(initial=0))), np.empty(sizes.size)
+    cpu_jit.block_squares(bits, starts, kind, largest, squares, out)
     return torch.from_numpy(out)
 
 
@@ -169,10 +175,23 @@ def _count(
 ) -> None:
     from core.tensors.kernels import cpu_jit
 
-    fits = stop + _ROOM <= flat.numel()
-    roomy = flat[start : stop + _ROOM] if fits else torch.cat((flat[start:stop], flat.new_zeros(_ROOM)))
-    kind, ties = _KINDS[flat.dtype], rule.upper_on_tie
-    cpu_jit.counted_codes(_bits(roomy), starts, kind, scales, rule.limits, ties, rule.exact, rule.zero, codes)
+    kind, ties, bits = KINDS[flat.dtype], rule.upper_on_tie, bits_of(roomy(flat, start, stop))
+    cpu_jit.counted_codes(bits, starts, kind, scales, rule.limits, ties, rule.exact, rule.zero, codes)
+
+
+def roomy(flat: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The piece with room behind it; a copy only at the end of the tensor."""
+    fits = stop + ROOM <= flat.numel()
+    return flat[start : stop + ROOM] if fits else torch.cat((flat[start:stop], flat.new_zeros(ROOM)))
+
+
+def _translate(codes: NDArray[np.uint8], rule: RoundingRule) -> None:
+    from core.tensors.kernels import cpu_jit, cpu_packing_jit
+
+    if rule.stored is None:
+        cpu_jit.translate(codes, rule.middle, rule.first)
+    else:
+        cpu_packing_jit.replace_codes(codes, rule.stored)
 
 
 def _round(
@@ -182,15 +201,15 @@ def _round(
     rule: RoundingRule,
     codes: NDArray[np.uint8],
 ) -> None:
-    from core.tensors.kernels import cpu_jit
+    from core.tensors.kernels import cpu_rounding_jit
 
     if rule.method is Method.GRID:
-        cpu_jit.grid_codes(numbers, starts, scales, rule.numbers, rule.zero, codes)
+        cpu_rounding_jit.grid_codes(numbers, starts, scales, rule.numbers, rule.zero, codes)
     elif rule.method is Method.FLOAT:
         mantissa, least, last, sign = (int(number) for number in rule.numbers)
-        cpu_jit.float_codes(numbers, starts, scales, rule.quotients, mantissa, least, last, sign, codes)
+        cpu_rounding_jit.float_codes(numbers, starts, scales, rule.quotients, mantissa, least, last, sign, codes)
     else:
-        cpu_jit.guided_codes(numbers, starts, scales, rule.limits, rule.guide, rule.numbers, rule.zero, codes)
+        cpu_rounding_jit.guided_codes(numbers, starts, scales, rule.limits, rule.guide, rule.numbers, rule.zero, codes)
 
 
 def _even_steps(values: NDArray[np.float32]) -> tuple[float, float] | None:

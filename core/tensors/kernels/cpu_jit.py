@@ -2,11 +2,12 @@
 
 They work on numpy views of tensors: bf16 and fp16 as int16 bit patterns, fp32 as int32 ones. Block b is the elements
 `starts[b]` to `starts[b + 1]`. Nothing here holds the interpreter lock or relaxes a rule of floating point;
-`core.tensors.kernels.cpu` is the door, `cpu_packing_jit` has the loops that know no blocks.
+`core.tensors.kernels.cpu` is the door, `cpu_rounding_jit` has the other loops that round, `cpu_packing_jit` those that
+know no blocks.
 
-Numbers are compared as *keys*: the pattern's magnitude, negative for negative numbers. Keys order as numbers do, both
-zeros are 0, and x > L holds exactly when key(x) > floor(key(L) in x's precision), so 16-bit lanes suffice for 16-bit
-weights whatever the scale is.
+Numbers are compared as *keys*: the pattern's magnitude, and for negative numbers all its bits turned, -1 for -0. Keys
+order as numbers do, and x > L holds exactly when x's key is greater than that of L rounded down to x's precision, one
+less where L is negative: so 16-bit lanes suffice for 16-bit weights whatever the scale is.
 
 For speed, arrays are handed on whole and indexed with unsigned numbers: slices are counted references, and numba asks
 of every signed index whether it counts from the end. Loops that belong together stand in one file because numba's cache
@@ -24,61 +25,80 @@ from numpy.typing import NDArray
 
 Bits = NDArray[np.signedinteger[Any]]
 Codes = NDArray[np.uint8]
+Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Starts = NDArray[np.uint64]
+Scaling = tuple[int, float, int, int, int]
+Rounding = tuple[bool, int, int, int]
+Whole = int | np.integer[Any]
 Work = TypeVar("Work", bound=Callable[..., Any])
 
 FP32, BF16, FP16 = 0, 1, 2  # kinds of bit patterns
 CHUNK = 32  # elements of one step: a constant, so that the compiler makes it whole vectors
 GROUP = 15  # limits that one step compares with
-PART = 64  # elements whose squares are added in one go
-_PARTS = 8  # parts that are added side by side
-_TILE = 64  # blocks whose limits are computed together
+_PART = 64  # elements of a block that is whole vectors to the compiler
+_TILE = 64  # blocks that are worked on together
+_TILE_ELEMENTS = 1 << 14  # of a tile of long blocks, which are fewer
+ABSMAX, SIGNMAX, RMS = 0, 1, 2  # statistics
+E8M0 = 3  # a kind of scales, beside those of patterns
+_MAGNITUDE = 0x7FFFFFFF
+_FOUR = 4  # bytes of a pattern, a constant to the compiler where the kind is not
+_SMALLEST = (1, 1 << 16)  # scales above 0, by kind, as fp32 patterns
 _U = np.uint64
 
 
 def compiled(function: Work) -> Work:
     """Compile on the first call, keep the result on disk where there is a place for it."""
     try:
-        return cast("Work", njit(nogil=True, cache=True)(function))
+        return cast("Work", njit(nogil=True, cache=True, error_model="numpy")(function))
     except RuntimeError:  # numba found no folder that it may write to
-        return cast("Work", njit(nogil=True)(function))
+        return cast("Work", njit(nogil=True, error_model="numpy")(function))
 
 
 def inlined(function: Work) -> Work:
     """Part of a loop: a call of its own would cost more than what it does for one block."""
-    return cast("Work", njit(nogil=True, forceinline=True)(function))
+    return cast("Work", njit(nogil=True, forceinline=True, error_model="numpy")(function))
+
+
+def in_any_order(function: Work) -> Work:
+    """Part of a loop whose products and sums are exact, so that vectors may make several sums of them."""
+    return cast("Work", njit(nogil=True, forceinline=True, fastmath={"reassoc", "contract"})(function))
 
 
 @compiled
-def block_absmax(bits: Bits, starts: Starts, mask: int, out: Bits) -> int:
+def block_absmax(bits: Bits, starts: Starts, out: Bits) -> int:
     """Bit patterns of the largest magnitude of each block; answers the largest of all."""
-    cast_ = bits.dtype.type
     largest = 0
     for block in range(out.size):
-        found = cast_(0)
-        for i in range(starts[block], starts[block + 1]):
-            found = max(found, cast_(bits[i] & cast_(mask)))
+        low, count = starts[block], starts[block + 1] - starts[block]
+        found = _largest(bits, low, _U(_PART)) if count == _U(_PART) else _largest(bits, low, count)
         out[block] = found
         largest = max(largest, int(found))
     return largest
 
 
+@inlined
+def _largest(bits: Bits, low: np.uint64, count: np.uint64) -> Any:
+    cast_, mask = bits.dtype.type, bits.dtype.type(_MAGNITUDE if bits.itemsize == _FOUR else 0x7FFF)
+    found = cast_(0)
+    for i in range(count):
+        found = max(found, cast_(bits[low + i] & mask))
+    return found
+
+
 @compiled
-def block_signmax(bits: Bits, starts: Starts, mask: int, out: Bits) -> int:
+def block_signmax(bits: Bits, starts: Starts, out: Bits) -> int:
     """Bit patterns of the element of largest magnitude of each block, the first of equals; +0 for zeros."""
-    cast_ = bits.dtype.type
+    cast_, mask = bits.dtype.type, bits.dtype.type(_MAGNITUDE if bits.itemsize == _FOUR else 0x7FFF)
     largest = 0
     for block in range(out.size):
-        above, below = cast_(0), cast_(0)
-        for i in range(starts[block], starts[block + 1]):
-            above = max(above, bits[i])
-            below = max(below, cast_(bits[i] & cast_(mask)) if bits[i] < 0 else cast_(0))
+        low, count = starts[block], starts[block + 1] - starts[block]
+        above, below = _sides(bits, low, _U(_PART)) if count == _U(_PART) else _sides(bits, low, count)
         found = max(above, below)
         is_negative = below > above
         if above == below and found > 0:
-            for i in range(starts[block], starts[block + 1]):
+            for i in range(low, low + count):
                 if (bits[i] & mask) == found:
                     is_negative = bits[i] < 0
                     break
@@ -87,121 +107,149 @@ def block_signmax(bits: Bits, starts: Starts, mask: int, out: Bits) -> int:
     return largest
 
 
-@compiled
-def first_not_finite(bits: Bits, mask: int, infinity: int) -> int:
-    """Index of the first element that is NaN or infinite, or -1."""
-    for i in range(bits.size):
-        if (bits[i] & mask) >= infinity:
-            return i
-    return -1
+@inlined
+def _sides(bits: Bits, low: np.uint64, count: np.uint64) -> tuple[Any, Any]:
+    """The largest magnitudes of positive and of negative numbers."""
+    cast_, sign = bits.dtype.type, bits.dtype.type(-_MAGNITUDE - 1 if bits.itemsize == _FOUR else -0x8000)
+    above, below = cast_(0), cast_(0)
+    for i in range(count):
+        above = max(above, bits[low + i])
+        below = max(below, cast_(bits[low + i] ^ sign))
+    return above, below
 
 
 @compiled
-def block_squares(numbers: Floats, starts: Starts, sums: Doubles, out: Doubles) -> None:
+def widen(bits: Bits, kind: int, patterns: Ints) -> None:
+    """Finite numbers of a kind as the patterns of the same numbers in fp32."""
+    if kind == FP16:
+        numbers = patterns.view(np.float32)
+        for i in range(_U(bits.size)):
+            wide = np.int32(bits[i])
+            patterns[i] = ((wide & np.int32(0x7FFF)) << np.int32(13)) | (wide & np.int32(-0x80000000))
+        for i in range(_U(bits.size)):
+            numbers[i] *= np.float32(2.0**112)
+    else:
+        shift = np.int32(0 if bits.itemsize == _FOUR else 16)
+        for i in range(_U(bits.size)):
+            patterns[i] = np.int32(bits[i]) << shift
+
+
+@compiled
+def block_squares(bits: Bits, starts: Starts, kind: int, largest: Bits, squares: Doubles, out: Doubles) -> None:
     """Sums of squares, fp64: neighbours are added in pairs until one number is left, an odd one stays as it is.
 
-    `sums`: room for the sums of the parts of all blocks, rounded up to a multiple of _PARTS.
+    Where no sum can be rounded, any order will do: n squares of numbers of p bits and exponents low to high are
+    multiples of 2^(2 (low - p + 1)) below n 2^(2 high + 2). `largest`: magnitudes of the blocks. `squares`: room for
+    those of the longest block.
     """
-    squares, halves = np.zeros(PART * _PARTS), np.zeros(PART * _PARTS // 2)
-    part = _U(0)
+    mantissa = 7 if kind == BF16 else 10
+    longest, room = _U(squares.size), 53 - 2 * (mantissa + 1)
+    while longest > _U(1):
+        longest, room = (longest + _U(1)) // _U(2), room - 1
     for block in range(out.size):
-        for start in range(starts[block], starts[block + 1], _U(PART)):
-            _square(numbers, start, min(start + _U(PART), starts[block + 1]), squares, part % _U(_PARTS) * _U(PART))
-            part += _U(1)
-            if part % _U(_PARTS) == 0:
-                _add_pairs(squares, halves, sums, part - _U(_PARTS))
-    if part % _U(_PARTS) != 0:
-        _add_pairs(squares, halves, sums, part - part % _U(_PARTS))
-    first = _U(0)
-    for block in range(out.size):
-        parts = (starts[block + 1] - starts[block] + _U(PART - 1)) // _U(PART)
-        out[block] = _sum_of_parts(sums, first, parts)
-        first += parts
+        low, high, is_exact = starts[block], starts[block + 1], False
+        if kind != FP32:  # whose squares have 48 bits
+            count = high - low
+            least = _least(bits, low, _U(_PART)) if count == _U(_PART) else _least(bits, low, count)
+            highest = max(np.int64(largest[block]) >> mantissa, np.int64(1))
+            is_exact = bool(2 * (highest - max(least >> mantissa, np.int64(1))) <= room)
+        if is_exact:
+            out[block] = _squares_in_any_order(bits, low, high, kind)
+        else:
+            for i in range(high - low):
+                number = _number(bits[low + i], kind)
+                squares[i] = number * number
+            out[block] = _sum_of_pairs(squares, high - low)
 
 
 @inlined
-def _square(numbers: Floats, start: int, stop: np.uint64, squares: Doubles, at: np.uint64) -> None:
-    if stop - start == _U(PART):
-        for i in range(_U(PART)):
-            squares[at + i] = np.float64(numbers[start + i]) * np.float64(numbers[start + i])
+def _least(bits: Bits, low: np.uint64, count: np.uint64) -> np.int64:
+    """The smallest magnitude above 0, one more than the largest where there is none."""
+    cast_, mask = bits.dtype.type, bits.dtype.type(_MAGNITUDE if bits.itemsize == _FOUR else 0x7FFF)
+    found = mask
+    for i in range(count):
+        found = min(found, cast_(cast_(cast_(bits[low + i] & mask) - cast_(1)) & mask))
+    return np.int64(found) + 1
+
+
+@inlined
+def _number(pattern: Whole, kind: int) -> np.float64:
+    """What a pattern stands for, but for the sign of fp16."""
+    if kind == FP16:
+        small = np.int32(np.int32(pattern & 0x7FFF) << np.int32(13)).view(np.float32)
+        return np.float64(small * np.float32(2.0**112))
+    return np.float64(np.int32(np.int32(pattern) << np.int32(16 if kind == BF16 else 0)).view(np.float32))
+
+
+@in_any_order
+def _squares_in_any_order(bits: Bits, low: Whole, high: Whole, kind: int) -> float:
+    total = 0.0
+    if kind == FP16:
+        for i in range(low, high):
+            number = _number(bits[i], FP16)
+            total += number * number
     else:
-        for i in range(_U(PART)):
-            squares[at + i] = 0.0
-        for i in range(stop - start):
-            squares[at + i] = np.float64(numbers[start + i]) * np.float64(numbers[start + i])
-
-
-@compiled
-def _add_pairs(squares: Doubles, halves: Doubles, sums: Doubles, at: np.uint64) -> None:
-    """Six times: the sums of _PARTS parts of PART squares, which are overwritten."""
-    for i in range(PART * _PARTS // 2):
-        halves[i] = squares[2 * i] + squares[2 * i + 1]
-    for i in range(PART * _PARTS // 4):
-        squares[i] = halves[2 * i] + halves[2 * i + 1]
-    for i in range(PART * _PARTS // 8):
-        halves[i] = squares[2 * i] + squares[2 * i + 1]
-    for i in range(PART * _PARTS // 16):
-        squares[i] = halves[2 * i] + halves[2 * i + 1]
-    for i in range(PART * _PARTS // 32):
-        halves[i] = squares[2 * i] + squares[2 * i + 1]
-    for i in range(_PARTS):
-        sums[at + _U(i)] = halves[2 * i] + halves[2 * i + 1]
+        for i in range(low, high):
+            number = _number(bits[i], BF16)
+            total += number * number
+    return total
 
 
 @inlined
-def _sum_of_parts(sums: Doubles, first: np.uint64, left: np.uint64) -> float:
+def _sum_of_pairs(numbers: Doubles, left: np.uint64) -> float:
+    """Of the first so many numbers, which are overwritten."""
     if left == 0:
         return 0.0
     while left > 1:
         for i in range(left // _U(2)):
-            sums[first + i] = sums[first + _U(2) * i] + sums[first + _U(2) * i + _U(1)]
+            numbers[i] = numbers[_U(2) * i] + numbers[_U(2) * i + _U(1)]
         if left % _U(2) == 1:
-            sums[first + left // _U(2)] = sums[first + left - _U(1)]
+            numbers[left // _U(2)] = numbers[left - _U(1)]
         left = (left + _U(1)) // _U(2)
-    return float(sums[first])
+    return float(numbers[_U(0)])
 
 
 @compiled
 def limit_keys(
-    limits: Doubles,
-    lowered: NDArray[np.int8],
-    scales: Floats,
-    exact: bool,
-    kind: int,
-    patterns: NDArray[np.int32],
-    out: Bits,
+    limits: Doubles, lowered: NDArray[np.int8], scales: Floats, exact: bool, kind: int, patterns: Ints, out: Bits
 ) -> None:
-    """Keys of limit k at scale b in out[k, b]: x lies above the limit exactly when key(x) > out[k, b].
+    """Keys of limit k at scale b in out[k * _TILE + b]: x lies above the limit exactly when key(x) is greater.
 
     Not `exact`: of fl32(limit * |scale|). `exact`: of the real product; `lowered[k]`: x on it counts as above it.
     """
     numbers = patterns.view(np.float32)
-    for k in range(limits.size):
-        for b in range(scales.size):
+    cast_ = out.dtype.type
+    for k in range(_U(limits.size)):
+        at, count = k * _U(_TILE), _U(scales.size)
+        for b in range(count):
             numbers[b] = np.float32(limits[k] * np.float64(abs(scales[b])))
-        for b in range(scales.size):
-            magnitude = np.int32(patterns[b] & np.int32(0x7FFFFFFF))
+        for b in range(count):
+            magnitude = np.int32(patterns[b] & np.int32(_MAGNITUDE))
             patterns[b] = np.int32(-magnitude) if patterns[b] < 0 else magnitude
         if exact:
             _lower(limits[k], lowered[k] != 0, scales, patterns)
-        if kind == FP32:
-            for b in range(scales.size):
-                out[k, b] = patterns[b]
-        elif kind == BF16:
-            for b in range(scales.size):
-                out[k, b] = patterns[b] >> np.int32(16)
+        if kind == FP16:
+            for b in range(count):
+                out[at + b] = _half_key(patterns[b])
         else:
-            for b in range(scales.size):
-                out[k, b] = _half_key(patterns[b])
+            shift = np.int32(0 if out.itemsize == _FOUR else 16)
+            for b in range(count):
+                out[at + b] = patterns[b] >> shift
+        for b in range(count):  # -0 lies one below 0 among keys, and all negative numbers with it
+            out[at + b] = cast_(out[at + b] - cast_(out[at + b] < 0))
 
 
 @inlined
-def _lower(limit: float, on_tie: bool, scales: Floats, keys: NDArray[np.int32]) -> None:
+def _lower(limit: float, on_tie: bool, scales: Floats, keys: Ints) -> None:
     """The next lower key where fp32 rounded the product up, and where it is exact and a tie goes up."""
-    for b in range(scales.size):
-        product = limit * np.float64(abs(scales[b]))
-        rounded = np.float64(np.float32(product))
-        keys[b] -= np.int32((product < rounded) | ((product == rounded) & on_tie))
+    if on_tie:
+        for b in range(_U(scales.size)):
+            product = limit * np.float64(abs(scales[b]))
+            keys[b] -= np.int32(product <= np.float64(np.float32(product)))
+    else:
+        for b in range(_U(scales.size)):
+            product = limit * np.float64(abs(scales[b]))
+            keys[b] -= np.int32(product < np.float64(np.float32(product)))
 
 
 @inlined
@@ -235,190 +283,177 @@ def counted_codes(
     Blocks are worked on in whole chunks, so that elements of the next one may be among them: their codes are
     overwritten later.
     """
-    mask, sign = (0x7FFFFFFF, -0x80000000) if kind == FP32 else (0x7FFF, -0x8000)
-    groups = -(-limits.size // GROUP)
-    patterns = np.empty(_TILE, np.int32)
-    keys = np.full((groups * GROUP, _TILE), mask, bits.dtype)
-    for block in range(_U(scales.size)):
-        tiled = block % _U(_TILE)
-        if tiled == 0:
-            limit_keys(limits, lowered, scales[block : block + _U(_TILE)], exact, kind, patterns, keys)
-        if scales[block] == 0:
-            for i in range(starts[block], starts[block + _U(1)]):
-                codes[i] = zero
-        else:
-            flip = sign if scales[block] < 0 else 0
-            for group in range(groups):
-                first = _U(group * GROUP)
-                keep = 0xFF if group else 0
-                _above(bits, starts[block], starts[block + _U(1)], flip, mask, keys, first, tiled, keep, codes)
+    patterns, keys = np.empty(_TILE, np.int32), keys_of(bits, limits.size)
+    for first in range(0, scales.size, _TILE):
+        tile = scales[first : first + _TILE]
+        limit_keys(limits, lowered, tile, exact, kind, patterns, keys)
+        count_tile(bits, starts[first:], tile, keys, zero, codes)
 
 
 @inlined
-def _above(
-    bits: Bits,
-    low: np.uint64,
-    high: np.uint64,
-    flip: int,
-    mask: int,
-    keys: Bits,
-    at: np.uint64,
-    block: np.uint64,
-    keep: int,
-    codes: Codes,
-) -> None:
-    """codes & keep, plus how many of GROUP ascending limits lie below each element: a search of four steps."""
-    cast_ = bits.dtype.type
-    turned, magnitude_mask, kept = cast_(flip), cast_(mask), np.uint8(keep)
-    l0, l1, l2 = keys[at, block], keys[at + _U(1), block], keys[at + _U(2), block]
-    l3, l4, l5 = keys[at + _U(3), block], keys[at + _U(4), block], keys[at + _U(5), block]
-    l6, l7, l8 = keys[at + _U(6), block], keys[at + _U(7), block], keys[at + _U(8), block]
-    l9, l10, l11 = keys[at + _U(9), block], keys[at + _U(10), block], keys[at + _U(11), block]
-    l12, l13, l14 = keys[at + _U(12), block], keys[at + _U(13), block], keys[at + _U(14), block]
-    for start in range(low, high, _U(CHUNK)):
-        for i in range(_U(CHUNK)):
-            pattern = cast_(bits[start + i] ^ turned)
-            magnitude = cast_(pattern & magnitude_mask)
-            key = cast_(-magnitude) if pattern < 0 else magnitude
-            d = key > l7
-            c = key > (l11 if d else l3)
-            b = key > ((l13 if c else l9) if d else (l5 if c else l1))
-            upper = (l14 if b else l12) if c else (l10 if b else l8)
-            lower = (l6 if b else l4) if c else (l2 if b else l0)
-            a = key > (upper if d else lower)
-            count = (np.uint8(d) << 3) | (np.uint8(c) << 2) | (np.uint8(b) << 1) | np.uint8(a)
-            codes[start + i] = np.uint8(np.uint8(codes[start + i] & kept) + np.uint8(count))
+def keys_of(bits: Bits, limits: int) -> Bits:
+    """Room for the limits of a tile, whole groups of them; those that are not filled in lie above all numbers."""
+    groups = -(-limits // GROUP)
+    return np.full(groups * GROUP * _TILE, _MAGNITUDE if bits.itemsize == _FOUR else 0x7FFF, bits.dtype)
 
 
 @compiled
-def grid_codes(numbers: Floats, starts: Starts, scales: Floats, rule: Doubles, zero: int, codes: Codes) -> None:
-    """Values a step apart: rint(x / scale * rule[0] + rule[1]) + rule[2], between rule[3] and rule[4].
-
-    The quotient in fp64 of fp32 numbers lies on a limit only if the real one does; what is added to it, 0 or a half,
-    moves it only from below 2^-53 onto 0.
-    """
-    factor, before, after, least, most = rule[0], rule[1], rule[2], rule[3], rule[4]
-    for block in range(scales.size):
-        scale = np.float64(scales[block])
-        if scale == 0:
-            for i in range(starts[block], starts[block + 1]):
+def count_tile(bits: Bits, starts: Starts, scales: Floats, keys: Bits, zero: int, codes: Codes) -> None:
+    """`counted_codes` of the blocks whose limits `keys` has."""
+    cast_, sign = bits.dtype.type, -0x80000000 if bits.itemsize == _FOUR else -0x8000
+    for block in range(_U(scales.size)):
+        low, high = starts[block], starts[block + _U(1)]
+        if scales[block] == 0:
+            for i in range(low, high):
                 codes[i] = zero
         else:
-            for i in range(starts[block], starts[block + 1]):
-                level = np.rint(np.float64(numbers[i]) / scale * factor + before) + after
-                codes[i] = np.uint8(np.int32(min(max(level, least), most)))
+            flip = cast_(sign * np.int64(scales[block] < 0))
+            _above(bits, low, high, flip, keys, block, False, codes)
+            for group in range(_U(1), _U(keys.size) // _U(GROUP * _TILE)):
+                _above(bits, low, high, flip, keys, group * _U(GROUP * _TILE) + block, True, codes)
+
+
+@inlined
+def _above(bits: Bits, low: Whole, high: Whole, flip: Whole, keys: Bits, at: Whole, more: bool, codes: Codes) -> None:
+    """How many of GROUP ascending limits lie below each element, by halving; `more`: in addition to `codes`."""
+    cast_ = bits.dtype.type
+    nothing, mask = cast_(0), cast_(_MAGNITUDE if bits.itemsize == _FOUR else 0x7FFF)
+    l0, l1, l2 = keys[at], keys[at + _U(_TILE)], keys[at + _U(2 * _TILE)]
+    l3, l4, l5 = keys[at + _U(3 * _TILE)], keys[at + _U(4 * _TILE)], keys[at + _U(5 * _TILE)]
+    l6, l7, l8 = keys[at + _U(6 * _TILE)], keys[at + _U(7 * _TILE)], keys[at + _U(8 * _TILE)]
+    l9, l10, l11 = keys[at + _U(9 * _TILE)], keys[at + _U(10 * _TILE)], keys[at + _U(11 * _TILE)]
+    l12, l13, l14 = keys[at + _U(12 * _TILE)], keys[at + _U(13 * _TILE)], keys[at + _U(14 * _TILE)]
+    for start in range(low, high, _U(CHUNK)):
+        for i in range(_U(CHUNK)):
+            pattern = cast_(bits[start + i] ^ flip)
+            key = cast_(pattern ^ (mask if pattern < 0 else nothing))
+            d = key > l7
+            m0, m1, m2, m3 = l8 if d else l0, l9 if d else l1, l10 if d else l2, l11 if d else l3
+            m4, m5, m6 = l12 if d else l4, l13 if d else l5, l14 if d else l6
+            c = key > m3
+            n0, n1, n2 = m4 if c else m0, m5 if c else m1, m6 if c else m2
+            b = key > n1
+            a = key > (n2 if b else n0)
+            count = (np.uint8(d) << 3) | (np.uint8(c) << 2) | (np.uint8(b) << 1) | np.uint8(a)
+            codes[start + i] = np.uint8(codes[start + i] + count) if more else np.uint8(count)
 
 
 @compiled
-def float_codes(
-    numbers: Floats,
-    starts: Starts,
-    scales: Floats,
-    single: bool,
-    mantissa_bits: int,
-    least: int,
-    last: int,
-    negative: int,
-    codes: Codes,
-) -> None:
-    """Patterns of floats whose smallest normal number is 2^least; `last`: the largest magnitude, `negative`: the sign.
+def round_scales(extremes: Floats, scaling: Scaling, factors: Floats) -> None:
+    """Statistics to decoded scales, as `core.tensors.scale_formats` stores them.
 
-    Half to even in the patterns: those of fp64 above the smallest normal number, whole steps below it. `single`: what
-    is rounded is the quotient in fp32; in fp64, it lies half-way only if the real one does.
+    `scaling`: kind, what the statistic is divided by, the largest scale's pattern in fp32; of e8m0 the mantissa in
+    2^-23 from which on the exponent is one more, and the exponent of 1.
     """
-    quotients = np.empty(_TILE)
-    patterns = quotients.view(np.int64)
-    shift = np.int64(52 - mantissa_bits)
-    base, half = np.int64(1022 + least) << 52, (np.int64(1) << (shift - 1)) - 1
-    smallest, steps = 2.0**least, 2.0 ** (mantissa_bits - least)
-    for block in range(scales.size):
-        scale, high = np.float64(scales[block]), starts[block + 1]
-        for start in range(starts[block], high, _U(_TILE)):
-            count = min(high - start, _U(_TILE))
-            if scale == 0:
-                for i in range(count):
-                    codes[start + i] = 0
-                continue
-            if single:
-                for i in range(count):
-                    quotients[i] = np.float64(abs(numbers[start + i] / scales[block]))
-            else:
-                for i in range(count):
-                    quotients[i] = abs(np.float64(numbers[start + i]) / scale)
-            for i in range(count):
-                small = np.int64(np.rint(min(quotients[i], smallest) * steps))
-                offset = patterns[i] - base
-                large = (offset + half + ((offset >> shift) & 1)) >> shift
-                pattern = min(small if quotients[i] < smallest else large, np.int64(last))
-                is_below = (numbers[start + i] < 0) != (scale < 0)
-                codes[start + i] = np.uint8(pattern + negative if is_below & (pattern > 0) else pattern)
+    kind, end, largest, rise, offset = scaling
+    patterns = factors.view(np.int32)
+    if kind == E8M0:
+        for b in range(_U(extremes.size)):
+            wide = np.float64(extremes[b]).view(np.int64)
+            above = np.int64(((wide >> 29) & 0x7FFFFF) >= rise)
+            power = min(max((wide >> 52) - 1023 + offset + above, np.int64(0)), np.int64(254))
+            code = power if extremes[b] > 0 else np.int64(0)
+            patterns[b] = np.int32(code << 23 if code > 0 else 1 << 22)
+        return
+    smallest = _SMALLEST[kind]
+    for b in range(_U(extremes.size)):
+        wanted = np.float32(extremes[b] / np.float32(end))
+        pattern = wanted.view(np.int32)
+        nearest = _nearest(np.int32(pattern & np.int32(_MAGNITUDE)), kind)
+        magnitude = min(max(nearest, np.int32(smallest if extremes[b] != 0 else 0)), np.int32(largest))
+        patterns[b] = np.int32(magnitude | np.int32(pattern & np.int32(-0x80000000)))
+
+
+@inlined
+def _nearest(magnitude: np.int32, kind: int) -> np.int32:
+    """fp32 rounded to bf16, ties to even, or as it is; patterns without sign."""
+    if kind == FP32:
+        return magnitude
+    odd = np.int32(np.int32(magnitude >> np.int32(16)) & np.int32(1))
+    return np.int32(np.int32(magnitude + np.int32(0x7FFF) + odd) & np.int32(-0x10000))
 
 
 @compiled
-def guided_codes(
-    numbers: Floats,
+def translate(codes: Codes, middle: int, first: int) -> None:
+    """Indices become stored codes: those from `first` on, or of a float whose zero has the index `middle`.
+
+    `first` of a float is its sign bit; `middle` is -1 where there is none.
+    """
+    zero, added = np.uint8(middle), np.uint8(first)
+    if middle >= 0:
+        negative = np.uint8(added + zero)
+        for i in range(_U(codes.size)):
+            codes[i] = np.uint8(negative - codes[i]) if codes[i] < zero else np.uint8(codes[i] - zero)
+    elif first > 0:
+        for i in range(_U(codes.size)):
+            codes[i] = np.uint8(codes[i] + added)
+
+
+@compiled
+def pack_pairs(pairs: NDArray[np.uint16], bits: int, out: Codes) -> None:
+    """Two codes below 2^bits, seen as one number, to a byte."""
+    shift = np.uint16(8 - bits)
+    for i in range(_U(pairs.size)):
+        out[i] = np.uint8(pairs[i] | np.uint16(pairs[i] >> shift))
+
+
+@compiled
+def encode_blocks(
+    bits: Bits,
     starts: Starts,
-    scales: Floats,
+    kind: int,
+    statistic: int,
+    scaling: Scaling,
+    rounding: Rounding,
     limits: Doubles,
-    guide: NDArray[np.int32],
-    rule: Doubles,
-    zero: int,
-    codes: Codes,
-) -> None:
-    """A table says where the limits near a quotient begin, comparisons with the limits themselves find the code.
+    lowered: NDArray[np.int8],
+    scales: Floats,
+    packed: bool,
+    out: Codes,
+) -> int:
+    """All of encoding, a tile of blocks after the other: decoded scales, and codes, `packed` two to a byte.
 
-    `limits` ends with infinity. `rule`: where cell 0 starts, cells per unit, the largest number of limits near a cell.
-    Where fl32(limit * scale) may be subnormal, and far from the real product, all limits are compared.
+    Answers the largest magnitude's pattern; where that is no number, no more tiles were worked on. `bits`, and `out`
+    if it is not packed, have room for CHUNK more. `rounding`: exact (`limit_keys`), code of 0, and how indices become
+    codes (`translate`).
     """
-    origin, most = rule[0], np.float64(guide.size - 1)
-    for block in range(scales.size):
-        if scales[block] == 0:
-            for i in range(starts[block], starts[block + 1]):
-                codes[i] = zero
-            continue
-        sign = np.float32(-1.0 if scales[block] < 0 else 1.0)
-        scale = np.float64(abs(scales[block]))
-        inverse, is_tiny = 1.0 / scale, scale < 1e-30
-        cells, steps = (0.0, limits.size - 1) if is_tiny else (rule[1], np.int64(rule[2]))
-        for i in range(starts[block], starts[block + 1]):
-            number = sign * numbers[i]
-            code = guide[_U(min(max((np.float64(number) * inverse - origin) * cells, 0.0), most))]
-            for _ in range(steps):
-                code += np.int32(number > np.float32(limits[_U(code)] * scale))
-            codes[i] = np.uint8(code)
-
-
-@compiled
-def decode_steps(
-    codes: Codes, starts: Starts, first: float, step: float, last: int, scales: Floats, out: Floats
-) -> None:
-    """fl32((first + step * code) * scale); larger codes than `last` are taken for it."""
-    lowest, gap, most = np.float32(first), np.float32(step), np.uint8(last)
-    for block in range(scales.size):
-        for i in range(starts[block], starts[block + 1]):
-            out[i] = (lowest + gap * np.float32(min(codes[i], most))) * scales[block]
-
-
-@compiled
-def decode_values(codes: Codes, starts: Starts, table: Floats, scales: Floats, out: Floats) -> None:
-    """fl32(table[code] * scale); `table` has 256 values."""
-    for block in range(scales.size):
-        for i in range(starts[block], starts[block + 1]):
-            out[i] = table[codes[i]] * scales[block]
-
-
-@compiled
-def decode_bf16(codes: Codes, starts: Starts, table: Floats, scales: Floats, out: NDArray[np.int16]) -> None:
-    """`decode_values` rounded to bf16, nearest, ties to even; NaN stays NaN."""
-    patterns = np.zeros(_TILE, np.int32)
-    numbers = patterns.view(np.float32)
-    for block in range(scales.size):
-        high = starts[block + 1]
-        for start in range(starts[block], high, _U(_TILE)):
-            count = min(high - start, _U(_TILE))
-            for i in range(count):
-                numbers[i] = table[codes[start + i]] * scales[block]
-            for i in range(count):
-                wide = np.int64(patterns[i])
-                is_nan = (wide & 0x7FFFFFFF) > 0x7F800000
-                out[start + i] = np.int16(0x7FC0) if is_nan else np.int16((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16)
+    exact, zero, middle, first_code = rounding
+    infinity = 0x7F800000 if kind == FP32 else 0x7F80 if kind == BF16 else 0x7C00
+    longest = np.int64(starts[1] - starts[0]) if scales.size else 1
+    tile = min(_TILE, max(1, _TILE_ELEMENTS // longest))
+    places, found, extremes = np.empty(tile + 1, np.uint64), np.empty(tile, bits.dtype), np.empty(tile, np.float32)
+    sums, squares = np.empty(tile), np.empty(longest)
+    patterns, keys = np.empty(_TILE, np.int32), keys_of(bits, limits.size)
+    codes = np.empty(tile * longest + CHUNK + 1 if packed else 0, np.uint8)
+    largest, held, done = 0, np.int64(0), np.int64(0)
+    for first in range(0, scales.size, tile):
+        count = min(tile, scales.size - first)
+        low, high = starts[first], starts[first + count]
+        size = np.int64(high - low)
+        for b in range(count + 1):
+            places[b] = starts[first + b] - low
+        part, here, factors = bits[low : high + _U(CHUNK)], places[: count + 1], scales[first : first + count]
+        if statistic == SIGNMAX:
+            largest = max(largest, block_signmax(part, here, found[:count]))
+        else:
+            largest = max(largest, block_absmax(part, here, found[:count]))
+        if largest >= infinity:
+            break
+        if statistic == RMS:
+            block_squares(part, here, kind, found[:count], squares, sums[:count])
+            for b in range(count):
+                extremes[b] = np.float32(np.sqrt(sums[b] / np.float64(here[b + 1] - here[b])))
+        else:
+            widen(found[:count], kind, extremes.view(np.int32))
+        round_scales(extremes[:count], scaling, factors)
+        target = codes[held:] if packed else out[low:]
+        limit_keys(limits, lowered, factors, exact, kind, patterns, keys)
+        count_tile(part, here, factors, keys, zero, target)
+        translate(target[:size], middle, first_code)
+        if packed:
+            pairs = (held + size) // 2
+            pack_pairs(codes[: 2 * pairs].view(np.uint16), 4, out[done : done + pairs])
+            codes[0], held, done = codes[held + size - 1], (held + size) % 2, done + pairs
+    if held and largest < infinity:
+        out[done] = codes[0]
+    return largest

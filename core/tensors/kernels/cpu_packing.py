@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from core.formats.stored import GroupLayout, planes
 
 _EIGHT, _FIVE = 8, 5
+_PAIRED = (1, 2, 4)  # bits of codes that fill a byte
 
 
 def pack_planes(codes: torch.Tensor, radix: int) -> list[torch.Tensor]:
@@ -72,11 +73,34 @@ def _pack_bits(codes: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> N
     rest[: codes.size - eights * _EIGHT] = codes[eights * _EIGHT :]
     end = np.empty(bits, np.uint8)
     for source, packed in ((whole, out[: eights * bits]), (rest, end)):
-        if bits == _EIGHT // 2:
-            cpu_packing_jit.pack_nibbles(source.view(np.uint16), packed)
+        if bits in _PAIRED:
+            _pack_pairs(source, bits, packed)
         else:
             cpu_packing_jit.pack_bits(source.view(np.uint64), bits, packed)
     out[eights * bits :] = end[: out.size - eights * bits]
+
+
+def _pack_pairs(codes: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
+    """Neighbours join until a byte is full."""
+    from core.tensors.kernels import cpu_jit
+
+    while bits < _EIGHT // 2:
+        joined = np.empty(codes.size // 2, np.uint8)
+        cpu_jit.pack_pairs(codes.view(np.uint16), bits, joined)
+        codes, bits = joined, 2 * bits
+    cpu_jit.pack_pairs(codes.view(np.uint16), bits, out)
+
+
+def _unpack_pairs(packed: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
+    """The inverse of `_pack_pairs`."""
+    from core.tensors.kernels import cpu_packing_jit
+
+    width = _EIGHT // 2
+    while width > bits:
+        parted = np.empty(packed.size * 2, np.uint8)
+        cpu_packing_jit.unpack_pairs(packed, width, parted.view(np.uint16))
+        packed, width = parted, width // 2
+    cpu_packing_jit.unpack_pairs(packed, width, out.view(np.uint16))
 
 
 def _add(packed: NDArray[np.uint8], layout: GroupLayout, factor: int, codes: NDArray[np.uint8]) -> None:
@@ -92,8 +116,12 @@ def _add(packed: NDArray[np.uint8], layout: GroupLayout, factor: int, codes: NDA
         codes += _unpack_bits(packed, bits, codes.size) * np.uint8(factor)
     elif layout.width == 1:
         places = layout.radix ** np.arange(layout.group)
-        digits = np.arange(256)[:, None] // places % layout.radix
-        cpu_packing_jit.add_bytes(packed, (digits * factor).astype(np.uint8), codes)
+        digits = (np.arange(256)[:, None] // places % layout.radix * factor).astype(np.uint8)
+        words = codes.size // (_FIVE * _EIGHT) if layout.group == _FIVE else 0
+        if words:
+            wide = (digits.astype(np.uint64) << (np.arange(_FIVE, dtype=np.uint64) * np.uint64(_EIGHT))).sum(axis=1)
+            cpu_packing_jit.add_fives(packed, wide, codes[: words * _FIVE * _EIGHT].view(np.uint64))
+        cpu_packing_jit.add_bytes(packed[words * _EIGHT :], digits, codes[words * _FIVE * _EIGHT :])
     else:
         cpu_packing_jit.add_digits(packed, layout.radix, layout.group, layout.width, factor, codes)
 
@@ -106,8 +134,8 @@ def _unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np
     end[: packed.size - eights * bits] = packed[eights * bits :]
     whole, rest = out[: eights * _EIGHT], out[eights * _EIGHT :]
     for source, target in ((packed[: eights * bits], whole), (end, rest)):
-        if bits == _EIGHT // 2:
-            cpu_packing_jit.unpack_nibbles(source, target.view(np.uint16))
+        if bits in _PAIRED:
+            _unpack_pairs(source, bits, target)
         else:
             cpu_packing_jit.unpack_bits(source, bits, target.view(np.uint64))
     return out[:count]

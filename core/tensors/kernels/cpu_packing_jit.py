@@ -1,28 +1,22 @@
-"""The compiled loops that know no blocks: number formats of weights, packing of codes. See `cpu_jit` for the style."""
+"""The compiled loops that know no blocks: packing of codes, and where a number is none. See `cpu_jit` for the style."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.tensors.kernels.cpu_jit import Codes, compiled
+from core.tensors.kernels.cpu_jit import Bits, Codes, compiled, inlined
 
 _U = np.uint64
 
 
 @compiled
-def widen(bits: NDArray[np.int16], is_half: bool, patterns: NDArray[np.int32]) -> None:
-    """Finite 16-bit numbers, bf16 or fp16, as the patterns of the same numbers in fp32."""
-    if is_half:
-        numbers = patterns.view(np.float32)
-        for i in range(bits.size):
-            wide = np.int32(bits[i])
-            patterns[i] = ((wide & np.int32(0x7FFF)) << np.int32(13)) | (wide & np.int32(-0x80000000))
-        for i in range(bits.size):
-            numbers[i] *= np.float32(2.0**112)
-    else:
-        for i in range(bits.size):
-            patterns[i] = np.int32(bits[i]) << np.int32(16)
+def first_not_finite(bits: Bits, mask: int, infinity: int) -> int:
+    """Index of the first element that is NaN or infinite, or -1."""
+    for i in range(bits.size):
+        if (bits[i] & mask) >= infinity:
+            return i
+    return -1
 
 
 @compiled
@@ -33,37 +27,54 @@ def replace_codes(codes: Codes, table: Codes) -> None:
 
 
 @compiled
-def pack_nibbles(pairs: NDArray[np.uint16], out: Codes) -> None:
-    """Two codes, seen as one number, to a byte."""
-    for i in range(pairs.size):
-        out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
-
-
-@compiled
-def unpack_nibbles(packed: Codes, pairs: NDArray[np.uint16]) -> None:
-    """A byte to two codes."""
-    for i in range(pairs.size):
+def unpack_pairs(packed: Codes, bits: int, pairs: NDArray[np.uint16]) -> None:
+    """The inverse of `pack_pairs`."""
+    shift, mask = np.uint16(8 - bits), np.uint16(((1 << bits) - 1) * 0x0101)
+    for i in range(_U(packed.size)):
         both = np.uint16(packed[i])
-        pairs[i] = np.uint16(both | np.uint16(both << np.uint16(4))) & np.uint16(0x0F0F)
+        pairs[i] = np.uint16(np.uint16(both | np.uint16(both << shift)) & mask)
 
 
 @compiled
 def pack_bits(eights: NDArray[np.uint64], bits: int, out: Codes) -> None:
     """Eight codes below 2^bits, seen as one number, to `bits` bytes."""
+    if bits == 3:
+        _pack_eights(eights, 3, out)
+    elif bits == 5:
+        _pack_eights(eights, 5, out)
+    elif bits == 6:
+        _pack_eights(eights, 6, out)
+    else:
+        _pack_eights(eights, 7, out)
+
+
+@inlined
+def _pack_eights(eights: NDArray[np.uint64], bits: int, out: Codes) -> None:
     one, two, four = _U(8 - bits), _U(16 - 2 * bits), _U(32 - 4 * bits)
     for i in range(_U(eights.size)):
         word = eights[i]
         word = (word & _U(0x00FF00FF00FF00FF)) | ((word & _U(0xFF00FF00FF00FF00)) >> one)
         word = (word & _U(0x0000FFFF0000FFFF)) | ((word & _U(0xFFFF0000FFFF0000)) >> two)
         word = (word & _U(0x00000000FFFFFFFF)) | ((word & _U(0xFFFFFFFF00000000)) >> four)
-        for at in range(i * _U(bits), (i + _U(1)) * _U(bits)):
-            out[at] = np.uint8(word & _U(255))
-            word >>= _U(8)
+        for at in range(_U(bits)):
+            out[i * _U(bits) + at] = np.uint8(word >> (_U(8) * at))
 
 
 @compiled
 def unpack_bits(packed: Codes, bits: int, eights: NDArray[np.uint64]) -> None:
     """The inverse of `pack_bits`."""
+    if bits == 3:
+        _unpack_eights(packed, 3, eights)
+    elif bits == 5:
+        _unpack_eights(packed, 5, eights)
+    elif bits == 6:
+        _unpack_eights(packed, 6, eights)
+    else:
+        _unpack_eights(packed, 7, eights)
+
+
+@inlined
+def _unpack_eights(packed: Codes, bits: int, eights: NDArray[np.uint64]) -> None:
     one, two, four = _U(8 - bits), _U(16 - 2 * bits), _U(32 - 4 * bits)
     fours = _U((1 << 4 * bits) - 1)
     pairs = _U((1 << 2 * bits) - 1) * _U(0x0000000100000001)
@@ -75,6 +86,20 @@ def unpack_bits(packed: Codes, bits: int, eights: NDArray[np.uint64]) -> None:
         word = (word & fours) | ((word & ~fours) << four)
         word = (word & pairs) | ((word & ~pairs) << two)
         eights[i] = (word & singles) | ((word & ~singles) << one)
+
+
+@compiled
+def add_fives(packed: Codes, digits: NDArray[np.uint64], words: NDArray[np.uint64]) -> None:
+    """Codes, seen as words, += the five digits of each byte: `digits`, a byte each, in a number. Eight bytes a time."""
+    for i in range(_U(words.size) // _U(5)):
+        at, to = i * _U(8), i * _U(5)
+        d1, d3, d4 = digits[packed[at + _U(1)]], digits[packed[at + _U(3)]], digits[packed[at + _U(4)]]
+        d6 = digits[packed[at + _U(6)]]
+        words[to] += digits[packed[at]] | d1 << _U(40)
+        words[to + _U(1)] += d1 >> _U(24) | digits[packed[at + _U(2)]] << _U(16) | d3 << _U(56)
+        words[to + _U(2)] += d3 >> _U(8) | d4 << _U(32)
+        words[to + _U(3)] += d4 >> _U(32) | digits[packed[at + _U(5)]] << _U(8) | d6 << _U(48)
+        words[to + _U(4)] += d6 >> _U(16) | digits[packed[at + _U(7)]] << _U(24)
 
 
 @compiled
@@ -108,13 +133,8 @@ def pack_fives(codes: Codes, radix: int, out: Codes) -> None:
 @compiled
 def add_bytes(packed: Codes, digits: NDArray[np.uint8], codes: Codes) -> None:
     """codes += digits[byte, place] for groups of one byte."""
-    group, count, first = _U(digits.shape[1]), _U(codes.size), _U(0)
-    if group == _U(5):
-        for at in range(count // _U(5)):
-            for i in range(_U(5)):
-                codes[first + i] += digits[packed[at], i]
-            first += _U(5)
-    for start in range(first, count, group):
+    group, count = _U(digits.shape[1]), _U(codes.size)
+    for start in range(_U(0), count, group):
         for i in range(min(group, count - start)):
             codes[start + i] += digits[packed[start // group], i]
 

@@ -2,7 +2,7 @@
 
 All loops give the index #{k : x > limit k}; what differs is their speed. `GRID` and `FLOAT` divide in fp64 and round,
 for exact rules of evenly spaced values and of floating-point patterns; `COUNT` compares with the limits themselves, in
-groups; `GUIDE` looks up where the limits near a quotient begin.
+groups, and is the fastest where one group suffices; `GUIDE` looks up where the limits near a quotient begin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from core.formats.elements import ElementTable
 
+_GROUP = 15  # limits of one step of COUNT
 _FEW = 64  # up to this many values, counting is faster than a guide
 _CELLS = 4096
 _MARGIN = 0.01  # of a cell: far more than what rounding of quotients and limits moves them
@@ -32,8 +33,9 @@ class Method(Enum):
 
 @dataclass(frozen=True, eq=False)
 class RoundingRule:
-    """Arrays for the loops. `zero`: the code where the scale is 0. `stored`: codes of indices if the loop gives those.
+    """Arrays for the loops. `zero`: what they give where the scale is 0.
 
+    `middle`, `first`: how indices, if the loop gives those, become codes (`cpu_jit.translate`); `stored`: by a table.
     `numbers`: GRID and GUIDE as the loops' `rule`; FLOAT mantissa bits, least exponent, last pattern, sign.
     `quotients`: FLOAT rounds the fp32 quotient instead of the real one.
     """
@@ -46,6 +48,8 @@ class RoundingRule:
     stored: NDArray[np.uint8] | None
     numbers: NDArray[np.float64]
     guide: NDArray[np.int32]
+    middle: int = -1
+    first: int = 0
     quotients: bool = False
 
 
@@ -59,6 +63,8 @@ def rounding_rule(
     `table.upper_on_tie` (integers, floats). `stored`: the stored code of each index, None where it is the index.
     `quotients`: the nearest to fl32(x / scale), which only floats have.
     """
+    if len(table.limits) <= _GROUP and not quotients:
+        return _translated(_rule(Method.COUNT, table, exact, (), zero=table.zero), stored)
     grid = _grid(table, stored) if exact and not quotients else None
     if grid is not None:
         return _rule(Method.GRID, table, exact, grid, zero=table.zero + int(grid[3]))
@@ -66,28 +72,40 @@ def rounding_rule(
     if pattern is not None:
         return replace(_rule(Method.FLOAT, table, exact, pattern, zero=0), quotients=quotients)
     if exact or len(table.values) <= _FEW:
-        return _rule(Method.COUNT, table, exact, (), zero=table.zero, stored=stored)
-    return _guided(table, stored)
+        return _translated(_rule(Method.COUNT, table, exact, (), zero=table.zero), stored)
+    return _translated(_guided(table), stored)
 
 
-def _rule(
-    method: Method,
-    table: ElementTable,
-    exact: bool,
-    numbers: tuple[float, ...],
-    zero: int,
-    stored: tuple[int, ...] | None = None,
-) -> RoundingRule:
+def _rule(method: Method, table: ElementTable, exact: bool, numbers: tuple[float, ...], zero: int) -> RoundingRule:
     return RoundingRule(
         method,
         np.array(table.limits, np.float64),
         np.array(table.upper_on_tie, np.int8),
         exact,
         zero,
-        None if stored is None else np.array(stored, np.uint8),
+        None,
         np.array(numbers, np.float64),
         np.zeros(1, np.int32),
     )
+
+
+def _translated(rule: RoundingRule, stored: tuple[int, ...] | None) -> RoundingRule:
+    """The rule with the way from its indices to codes."""
+    if stored is None:
+        return rule
+    count, sign = len(stored), _sign_of(stored)
+    if stored == tuple(range(stored[0], stored[0] + count)):
+        return replace(rule, first=stored[0])
+    if sign is not None:
+        return replace(rule, middle=count // 2, first=sign)
+    return replace(rule, stored=np.array(stored, np.uint8))
+
+
+def _sign_of(stored: tuple[int, ...]) -> int | None:
+    """The sign bit, if codes are sign and magnitude, and zero has no sign."""
+    middle = len(stored) // 2
+    sign = stored[0] - middle
+    return sign if stored == (*range(sign + middle, sign, -1), *range(len(stored) - middle)) else None
 
 
 def _grid(table: ElementTable, stored: tuple[int, ...] | None) -> tuple[float, ...] | None:
@@ -105,7 +123,7 @@ def _grid(table: ElementTable, stored: tuple[int, ...] | None) -> tuple[float, .
         rounded = np.rint(places + before)
         after = float(1 + offset - np.rint(places[0] + 0.25 + before))
         if np.array_equal(rounded + after, np.arange(len(limits)) + offset + upper):
-            return (1 / step, before, after, *bounds)
+            return (1 / step, 2 * before, after + (before > 0), *bounds)
     return None
 
 
@@ -116,8 +134,8 @@ def _float(table: ElementTable, stored: tuple[int, ...] | None) -> tuple[float, 
     positive = np.array(table.values[zero:])
     if stored is None or count < 3 or tuple(-positive[:0:-1]) + tuple(positive) != table.values:
         return None
-    sign = stored[0] - zero
-    if stored != (*range(sign + zero, sign, -1), *range(zero + 1)):
+    sign = _sign_of(stored)
+    if sign is None:
         return None
     if table.upper_on_tie != tuple((index + 1 - zero) % 2 == 0 for index in range(count - 1)):
         return None
@@ -136,11 +154,11 @@ def _patterns(count: int, mantissa_bits: int, least: int) -> NDArray[np.float64]
     return np.asarray(np.ldexp(significand.astype(np.float64), powers), np.float64)
 
 
-def _guided(table: ElementTable, stored: tuple[int, ...] | None) -> RoundingRule:
+def _guided(table: ElementTable) -> RoundingRule:
     limits = np.array(table.limits)
     per_unit = _CELLS / (limits[-1] - limits[0])
     edges = limits[0] + np.arange(_CELLS + 1) / per_unit
     guide = np.searchsorted(limits, edges[:-1] - _MARGIN / per_unit).astype(np.int32)
     most = np.searchsorted(limits, edges[1:] + _MARGIN / per_unit) - guide
-    rule = _rule(Method.GUIDE, table, False, (limits[0], per_unit, float(most.max())), table.zero, stored)
+    rule = _rule(Method.GUIDE, table, False, (limits[0], per_unit, float(most.max())), table.zero)
     return replace(rule, limits=np.append(limits, np.inf), guide=guide)
