@@ -1,0 +1,287 @@
+"""Version 1 of the bytes of an entropy-coded sequence: what stands where, and reading it without trusting it.
+
+Little endian. A *varint* has 7 bits a byte, the lowest first, bit 7 set in all bytes but the last; a signed one is
+written as 2z or -2z - 1. A sequence of N integers z is one of three kinds:
+
+    u8 version = 1, u8 kind, varint N, then
+    kind 0, constant:  signed varint z                                                       u32 checksum
+    kind 1, plain:     signed varint low, u8 width (1..32), z - low in `width` bits each     u32 checksum
+    kind 2, rANS:
+        u8 log2(lanes) + 8 * log2(symbols of a stream)     lanes 1..32, symbols 2^10..2^24
+        varint 2 * models + wide                           wide: escaped values have 4 bytes, otherwise 2
+        the models, each
+            varint 2 * n + escape                          n symbols (1..4096); escape: the last one stands for others
+            signed varint low                              symbol i is the number low + i
+            u8 P + 16 * kept                               frequencies add up to 2^P (10..15); significant bits kept
+            varint peak                                    the symbol whose frequency is what is left of 2^P
+            the other frequencies as bits, see below, filled up with zeros to a whole byte
+        with two models or more: varint segments, then for each varint model, varint numbers (> 0; together N)
+        zeros up to a multiple of 4
+        the directory, for each stream: u32 words, u32 checksum, and with an escape in any model u32 escaped values
+        the streams, each
+            lanes * u32 states, 2^16 or more
+            the escaped values, i16 or i32, in order
+            the words, u16
+            zeros up to a multiple of 4
+
+Checksums are XXH32: of all that stands before them, seed 0; in the directory of the bytes of the stream, seeded with
+the XXH32 (seed 0) of all that stands before the directory. So every byte counts, and one stream can be read alone.
+
+Frequencies are written in the order of the symbols. A gamma code of v > 0 is floor(log2 v) zeros, a one, then as many
+lower bits of v, the lowest first. Each frequency f has length l, the number of its bits (0 for f = 0); written is the
+gamma code of 1 + 2d or, for d < 0, of -2d, where d is l less the last length that was not 0 (1 at first). For l > 0
+there follow the min(kept, l) - 1 bits below f's leading one, the lowest first; f's bits below these are 0. For l = 0
+there follows the gamma code of the number of frequencies in a row that are 0, the peak passed over.
+
+Steps. Each segment is cut into steps of `lanes` numbers, the last step filled up with the peak of its model. The steps
+of all segments in turn are cut into streams of equally many; so stream i of a sequence with one model holds the numbers
+from i * symbols on. Number j of a step belongs to lane j. A model with at most 256 symbols that may occur has alias
+tables with 32, 64, 128 or 256 buckets, the fewest that hold n symbols (`tables_jit.alias_table`); a larger one has its
+symbols' slots one after the other. A step decodes, lane by lane in order:
+
+    slot = x mod 2^P, with its symbol and its rank among the slots of the symbol
+    x = f(symbol) * (x >> P) + rank, and if that is below 2^16: x = (x << 16) + next word
+
+After the last step all states are 2^16 and all words are used.
+
+Why these sizes: 32 lanes are one warp of a GPU or one vector of 16-bit halves; fewer are used below 2^18 numbers, where
+states of 3 bytes net each would be too much. A stream costs about 104 bytes net of what its states carry: the coder
+takes the shortest power of two that keeps them below 0.05 % of the code (2^20 at 2 bits, 2^19 at 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.errors import InvalidCheckpoint
+from core.tensors.entropy.loops_jit import Bytes
+from core.tensors.entropy.models import MOST_SYMBOLS, SymbolModel
+
+VERSION = 1
+CONSTANT, PLAIN, RANS = 0, 1, 2
+MOST_LANES = 32
+MOST_MODELS = 256
+STREAM_BITS = (10, 24)  # least and most of log2 of a stream's symbols
+MOST_NUMBERS = 1 << 48
+LEAST, LARGEST = -(2**31), 2**31 - 1  # of the numbers
+CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` numbers in a row that share a model."""
+
+    model: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Part of a stream under one model: the numbers from `first` on, which take ceil(count / lanes) steps."""
+
+    model: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream's parts start in the data, and how much of each there is."""
+
+    states: int
+    escapes: int
+    words: int
+    stop: int
+    end: int
+    checksum: int
+    escaped: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the numbers are cut into streams."""
+
+    segments: tuple[Segment, ...]
+    lanes: int
+    stream_bits: int
+
+    @property
+    def streams(self) -> int:
+        steps = sum(-(-segment.count // self.lanes) for segment in self.segments)
+        return -(-steps // self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole stream."""
+        return (1 << self.stream_bits) // self.lanes
+
+    def runs(self) -> Iterator[list[Run]]:
+        """The runs of each stream in order; together they cover all numbers."""
+        current: list[Run] = []
+        left, first = self.steps, 0
+        for segment in self.segments:
+            beyond = first + segment.count
+            while first < beyond:
+                count = min(left * self.lanes, beyond - first)
+                current.append(Run(segment.model, first, count))
+                first, left = first + count, left - -(-count // self.lanes)
+                if left == 0:
+                    yield current
+                    current, left = [], self.steps
+        if current:
+            yield current
+
+
+class Reader:
+    """Reads numbers from the front of untrusted bytes; InvalidCheckpoint where they end or cannot be."""
+
+    def __init__(self, data: Bytes) -> None:
+        self.data, self.at = data, 0
+
+    def byte(self) -> int:
+        if self.at >= self.data.size:
+            raise InvalidCheckpoint("entropy-coded data ends early")
+        self.at += 1
+        return int(self.data[self.at - 1])
+
+    def varint(self, most: int, what: str) -> int:
+        """A number from 0 to `most`."""
+        value = 0
+        for place in range(0, 64, 7):
+            byte = self.byte()
+            value |= (byte & 127) << place
+            if byte < 128:
+                break
+        else:
+            raise InvalidCheckpoint(f"entropy-coded data: {what} never ends")
+        if value > most:
+            raise InvalidCheckpoint(f"entropy-coded data: {what} is {value}, at most {most} can be")
+        return value
+
+    def signed(self, what: str) -> int:
+        """A number between LEAST and LARGEST."""
+        value = self.varint(2 * LARGEST + 1, what)
+        return value // 2 if value % 2 == 0 else -(value + 1) // 2
+
+    def align(self) -> None:
+        self.at += -self.at % 4
+        if self.at > self.data.size:
+            raise InvalidCheckpoint("entropy-coded data ends early")
+
+
+def varint(value: int) -> bytes:
+    """The bytes of a number that is not negative."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def signed(value: int) -> bytes:
+    return varint(2 * value if value >= 0 else -2 * value - 1)
+
+
+def checksum(data: Bytes | bytes, seed: int = 0) -> int:
+    """XXH32."""
+    from core.tensors.entropy.tables_jit import xxh32
+
+    array = np.frombuffer(bytearray(data), np.uint8) if isinstance(data, bytes) else data
+    words = array[: array.size // 4 * 4].view(np.uint32)
+    return int(xxh32(array, words, 0, array.size, seed)) & 0xFFFFFFFF
+
+
+def sealed(data: bytes) -> Bytes:
+    """The same with their checksum."""
+    return np.frombuffer(bytearray(data + checksum(data).to_bytes(CHECKSUM_BYTES, "little")), np.uint8)
+
+
+def head(kind: int, count: int) -> bytes:
+    return bytes([VERSION, kind]) + varint(count)
+
+
+def rans_head(plan: Plan, models: list[SymbolModel], is_wide: bool) -> bytes:
+    """All that stands before the directory."""
+    out = head(RANS, sum(segment.count for segment in plan.segments))
+    out += bytes([plan.lanes.bit_length() - 1 + 8 * plan.stream_bits]) + varint(2 * len(models) + is_wide)
+    out += b"".join(model_bytes(model) for model in models)
+    if len(models) > 1:
+        out += varint(len(plan.segments))
+        out += b"".join(varint(segment.model) + varint(segment.count) for segment in plan.segments)
+    return out + bytes(-len(out) % 4)
+
+
+def model_bytes(model: SymbolModel) -> bytes:
+    """A model as it is stored."""
+    from core.tensors.entropy.tables_jit import write_frequencies
+
+    bits = np.zeros(8 * model.size + 8, np.uint8)
+    used = write_frequencies(model.frequencies, model.peak, model.kept, bits)
+    start = varint(2 * model.size + model.has_escape) + signed(model.low)
+    return start + bytes([model.precision + 16 * model.kept]) + varint(model.peak) + bits[: -(-used // 8)].tobytes()
+
+
+def read_plan(reader: Reader, count: int) -> tuple[Plan, list[SymbolModel], bool]:
+    """The inverse of `rans_head` from after N on: plan, models, and whether escaped values are wide."""
+    shape = reader.byte()
+    lanes, stream_bits = 1 << (shape & 7), shape >> 3
+    if lanes > MOST_LANES or not STREAM_BITS[0] <= stream_bits <= STREAM_BITS[1]:
+        raise InvalidCheckpoint(f"entropy-coded data: {lanes} lanes, streams of 2^{stream_bits}")
+    number = reader.varint(2 * MOST_MODELS + 1, "number of models")
+    if number < 2:
+        raise InvalidCheckpoint("entropy-coded data without a model")
+    models = [_read_model(reader) for _ in range(number // 2)]
+    segments = _read_segments(reader, len(models), count) if len(models) > 1 else (Segment(0, count),)
+    reader.align()
+    return Plan(segments, lanes, stream_bits), models, bool(number % 2)
+
+
+def _read_model(reader: Reader) -> SymbolModel:
+    from core.tensors.entropy.tables_jit import read_frequencies
+
+    size = reader.varint(2 * MOST_SYMBOLS + 1, "number of symbols")
+    low, widths = reader.signed("smallest symbol"), reader.byte()
+    frequencies = np.zeros(size // 2, np.int64)
+    peak = reader.varint(max(size // 2 - 1, 0), "most frequent symbol")
+    precision, kept = widths & 15, widths >> 4
+    if size < 2 or kept == 0:
+        raise InvalidCheckpoint("entropy-coded data: a model without symbols or bits")
+    SymbolModel.check_precision(precision)
+    at = int(read_frequencies(reader.data, reader.at, peak, precision, kept, frequencies))
+    if at < 0:
+        raise InvalidCheckpoint("entropy-coded data: the frequencies cannot be read")
+    reader.at = at
+    return SymbolModel(low, precision, frequencies, bool(size % 2))
+
+
+def _read_segments(reader: Reader, models: int, count: int) -> tuple[Segment, ...]:
+    number = reader.varint(reader.data.size, "number of segments")
+    segments = tuple(
+        Segment(reader.varint(models - 1, "model"), reader.varint(count, "length of a segment")) for _ in range(number)
+    )
+    if sum(segment.count for segment in segments) != count or any(segment.count == 0 for segment in segments):
+        raise InvalidCheckpoint("entropy-coded data: the segments do not cover the sequence")
+    return segments
+
+
+def read_places(data: Bytes, at: int, plan: Plan, models: list[SymbolModel], is_wide: bool) -> list[Place]:
+    """Where the streams stand, by the directory at `at`; they must fill the data exactly."""
+    columns = 3 if any(model.has_escape for model in models) else 2
+    streams, room = plan.streams, data.size - at
+    if streams * 4 * (columns + plan.lanes) > room:
+        raise InvalidCheckpoint(f"entropy-coded data: {room} bytes for {streams} streams")
+    rows = data[at : at + 4 * columns * streams].view("<u4").reshape(streams, columns).tolist()
+    places, at = [], at + 4 * columns * streams
+    for words, checksum, *more in rows:
+        escaped = more[0] if more else 0
+        escapes = at + 4 * plan.lanes
+        start = escapes + escaped * (4 if is_wide else 2)
+        stop = start + 2 * words
+        places.append(Place(at, escapes, start, stop, stop + -stop % 4, checksum, escaped))
+        at = places[-1].end
+    if at != data.size:
+        raise InvalidCheckpoint(f"entropy-coded data: {data.size} bytes where the directory needs {at}")
+    return places
