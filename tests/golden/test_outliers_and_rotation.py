@@ -96,14 +96,16 @@ def test_opq_keeps_exactly_the_published_outliers_and_reaches_the_published_erro
         assert mean_squared_error(decoded, data) == pytest.approx(expected[code]["opq"], rel=entry["rel_tol"])
 
 
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("data", ["gauss", "t5", "laplace"])
-def test_the_real_coder_reaches_the_published_errors_with_outliers_kept(data: str) -> None:
-    flat, indices = chosen(data, 64)
-    decoded = encode_nearest(without_outliers(flat, indices), parse("nf4@64")).decode()
-    overwrite(decoded, indices, outlier_values(flat, indices))
-    expected = FORMATS[f"seeded/opq/{data}"]
-    found = mean_squared_error(decoded, data)
-    assert found == pytest.approx(expected["value"]["64"]["NF4"]["opq"], rel=expected["rel_tol"])
+def test_the_real_coder_reaches_the_published_errors_with_and_without_outliers_kept(data: str, block: int) -> None:
+    entry = FORMATS[f"seeded/opq/{data}"]
+    weight = torch.from_numpy(heavy()[data].astype(np.float32)).view(1024, -1)
+    for code, element in {"NF4": "nf4", "AF4-published": "af4", "BOF4-S-MSE": "bof4-s"}.items():
+        for kind, option in {"plain": "", "opq": "+opq0.95"}.items():
+            decoded = encode_nearest(weight, parse(f"{element}@{block}{option}")).decode().reshape(-1)
+            expected = entry["value"][str(block)][code][kind]
+            assert mean_squared_error(decoded, data) == pytest.approx(expected, rel=entry["rel_tol"]), (code, kind)
 
 
 def test_outliers_cost_less_than_the_published_count_of_bits() -> None:
