@@ -12,15 +12,11 @@ of memcpy's rate and 30 times bitsandbytes', and decoding to bf16 no slower than
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import process_time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,13 +31,6 @@ MEMCPY_LIMIT, BITSANDBYTES_LIMIT = 0.12, 30.0
 SHARE = 32  # the slow ones get one row of this many
 
 Work = Callable[[], object]
-
-
-def seconds(work: Work) -> float:
-    """Processor time of one call: what others do on the machine counts little."""
-    started = process_time()
-    work()
-    return process_time() - started
 
 
 def reference(weight: torch.Tensor, fmt: TensorFormat) -> None:
@@ -83,15 +72,10 @@ def contenders(weight: torch.Tensor, fmt: TensorFormat) -> dict[str, tuple[Work,
 
 
 def measure(weight: torch.Tensor, fmt: TensorFormat, rounds: int) -> dict[str, float]:
-    """Median gigabytes of weights per second of each. The first round warms up, and compiles, and is dropped."""
-    works, rates = contenders(weight, fmt), []
-    for number in range(rounds + 1):
-        order = list(works.items())
-        if number % 2:
-            order.reverse()
-        size = weight.numel() * weight.element_size() / 1e9
-        rates.append({name: size * share / seconds(work) for name, (work, share) in order})
-    return {name: statistics.median(row[name] for row in rates[1:]) for name in works}
+    """Median gigabytes of weights per second of each."""
+    from benchmarks.one_core import medians
+
+    return medians(contenders(weight, fmt), rounds, weight.numel() * weight.element_size() / 1e9)
 
 
 def report(fmt: str, rates: dict[str, float]) -> dict[str, object]:
@@ -111,20 +95,11 @@ def report(fmt: str, rates: dict[str, float]) -> dict[str, object]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--formats", nargs="+", default=[*FORMATS, *MORE])
-    given = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import torch
-
+    from benchmarks.one_core import arguments, weights
     from core.recipe.tensor_format import parse
 
-    torch.set_num_threads(1)
-    weight = torch.randn(given.rows, given.columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given = arguments((__doc__ or "").splitlines()[0], 4096, [*FORMATS, *MORE])
+    weight = weights(given.rows, given.columns)
     about = {"benchmark": "encode_speed", "rows": given.rows, "columns": given.columns, "rounds": given.rounds}
     for text in given.formats:
         print(json.dumps(about | report(text, measure(weight, parse(text), given.rounds))), flush=True)

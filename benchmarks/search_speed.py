@@ -12,14 +12,10 @@ second.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import process_time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,13 +35,6 @@ LIMIT = 60.0
 SHARE = 16  # the slow one gets one row of this many
 
 Work = Callable[[], object]
-
-
-def seconds(work: Work) -> float:
-    """Processor time of one call: what others do on the machine counts little."""
-    started = process_time()
-    work()
-    return process_time() - started
 
 
 def without_search(fmt: TensorFormat) -> TensorFormat:
@@ -95,14 +84,10 @@ def contenders(weight: torch.Tensor, fmt: TensorFormat) -> dict[str, tuple[Work,
 
 
 def measure(weight: torch.Tensor, fmt: TensorFormat, rounds: int) -> dict[str, float]:
-    """Median millions of weights per second of each. The first round warms up, and compiles, and is dropped."""
-    works, rates = contenders(weight, fmt), []
-    for number in range(rounds + 1):
-        order = list(works.items())
-        if number % 2:
-            order.reverse()
-        rates.append({name: weight.numel() / 1e6 * share / seconds(work) for name, (work, share) in order})
-    return {name: statistics.median(row[name] for row in rates[1:]) for name in works}
+    """Median millions of weights per second of each."""
+    from benchmarks.one_core import medians
+
+    return medians(contenders(weight, fmt), rounds, weight.numel() / 1e6)
 
 
 def computed(weight: torch.Tensor, fmt: TensorFormat) -> dict[str, float]:
@@ -127,20 +112,11 @@ def report(fmt: str, rates: dict[str, float]) -> dict[str, object]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
-    given = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import torch
-
+    from benchmarks.one_core import arguments, weights
     from core.recipe.tensor_format import parse
 
-    torch.set_num_threads(1)
-    weight = torch.randn(given.rows, given.columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given = arguments((__doc__ or "").splitlines()[0], 1024, FORMATS)
+    weight = weights(given.rows, given.columns)
     about = {"benchmark": "search_speed", "rows": given.rows, "columns": given.columns, "rounds": given.rounds}
     for text in given.formats:
         fmt = parse(text)

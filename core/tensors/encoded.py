@@ -106,23 +106,29 @@ class EncodedTensor:
 
         `out`: flat memory of that dtype and device to decode into, for whoever has some; it costs more to get new.
         """
+        found = self._decoded(dtype, out)
+        if out is None or found.data_ptr() == out.data_ptr():
+            return found
+        return out.copy_(found.reshape(-1)).reshape(self.shape)
+
+    def _decoded(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+        """Into `out` where values can be decoded one by one, into new memory otherwise."""
         if self.format.is_block_type:
             count, columns = matrix_shape(self.shape)
             blocks = self.codes.reshape(count, BLOCK_TYPES[self.format.mode].row_bytes(columns))
-            return rows.decode_rows(self.format.mode, blocks, columns).reshape(self.shape).to(self.codes.device, dtype)
+            found = rows.decode_rows(self.format.mode, blocks, columns).reshape(self.shape).to(self.codes.device)
+            return _saturated(found, dtype)
         if dtype is not torch.float32 and self._may_exceed(dtype):
-            limit = torch.finfo(dtype).max
-            return self.decode().clamp_(-limit, limit).to(dtype)
-        rotated = self.format.rotation is not None
-        flat = self._dense(torch.float32 if rotated else dtype, None if rotated else out)
-        if rotated:
-            flat = self._rotated_back(flat).to(dtype)
+            return _saturated(self.decode(), dtype)
+        flat = self._dense(dtype, out)
+        if self.format.rotation is not None:
+            flat = self._rotated_back(flat)
         if "outlier_index" in self.stored:
             outliers.overwrite(flat, self._outlier_places, self.stored["outlier_values"])
         return flat.reshape(self.shape)
 
     def _may_exceed(self, dtype: torch.dtype) -> bool:
-        """Whether a value may be too large for a dtype: decoding then saturates, as the weights were in range."""
+        """Whether a value may be too large for a dtype, as it may after rotating back: decoding then saturates."""
         if not self.elements:
             return False
         largest = self.scale_values.abs().max() * self.table.abs().max()
@@ -225,6 +231,14 @@ class EncodedTensor:
             return self.format.with_fitted(self.fitted or 0.0)
         except BitmillError as error:
             raise InvalidCheckpoint(f"{self.format} cannot have been fitted: {error.detail}") from error
+
+
+def _saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values in another dtype, at the end of its range where they are beyond it."""
+    if dtype is torch.float32:
+        return values
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp_(-limit, limit).to(dtype)
 
 
 def scales_like(fmt: TensorFormat, shape: tuple[int, ...], flat: torch.Tensor) -> torch.Tensor:

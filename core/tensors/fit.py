@@ -44,11 +44,6 @@ class Fit:
     r: float
 
 
-def fit_multiplier(histogram: Histogram, table: tuple[float, ...]) -> float:
-    """Of the 17 factors 2^(-2..2 step 1/4) the one by which the table errs least; the one nearest to 1 of equals."""
-    return _scaled(histogram, table, _BY_DISTANCE)[0]
-
-
 def fit_nu(histogram: Histogram, statistic: str, mode: str, codes: int, block: int | None = None) -> Fit:
     """Degrees of freedom of the cube-root t codebook, on the grid 3 (100/3)^(k/11), the smallest of equals.
 

@@ -21,13 +21,12 @@ from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_plac
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
-from core.tensors.blocks import PIECE, BlockGrid, Piece
+from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.dtypes import FLOATING, SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor, scales_like
 from core.tensors.errors import relative_rms_error
 from core.tensors.fitted import fitted_table
-from core.tensors.kernels import gpu
-from core.tensors.passes import passes_for, refuse_not_finite
+from core.tensors.passes import passes_for, require_finite
 from core.tensors.scale_formats import decoded_scales, double_quantised, require_fp16, stored_scales, tensor_scale
 from core.tensors.scales import sum_of_squares
 from core.tensors.search import best_scales
@@ -65,7 +64,7 @@ def _as_blocks(weight: torch.Tensor, fmt: TensorFormat, dtype: str) -> EncodedTe
     shape = tuple(weight.shape)
     blocks = rows.encode_rows(fmt.mode, weight.reshape(matrix_shape(shape))).reshape(-1)
     encoded = EncodedTensor(fmt, shape, dtype, {"codes": blocks.to(weight.device)})
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    largest = max(float(end.abs()) for end in weight.aminmax()) if weight.numel() else 0.0
     if largest and not _EASY[0] < largest < _EASY[1] and relative_rms_error(weight, encoded) > _LOST:
         raise InvalidFormat(
             f"weights up to {largest:.3g} are out of the range of {fmt}'s scales", hint="a format with bf16 scales"
@@ -78,15 +77,6 @@ def outliers_in(weight: torch.Tensor, fmt: TensorFormat) -> int:
     require_finite(weight)
     rule = fmt.outlier_rule
     return _outliers(weight.reshape(-1), BlockGrid.of(fmt, tuple(weight.shape)), *rule).numel() if rule else 0
-
-
-def require_finite(weight: torch.Tensor) -> None:
-    """NonFiniteWeights with the place of the first NaN or infinity."""
-    flat = weight.reshape(-1)
-    for start in range(0, flat.numel(), PIECE):
-        finite = torch.isfinite(flat[start : start + PIECE])
-        if not bool(finite.all()):
-            raise refuse_not_finite(tuple(weight.shape), start + int((~finite).to(torch.uint8).argmax()))
 
 
 def _prepared(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, Parts]:
@@ -125,9 +115,6 @@ class _Encoder:
         self.grid, self.passes = BlockGrid.of(fmt, shape), passes_for(flat, fmt, shape)
         self.table = element_table(fmt, shared_weights(fmt, shape))
         self.fitted: float | None = None
-        self.on_gpu = self._on_gpu() if flat.device.type == "cuda" else None
-        if self.on_gpu is not None:
-            return
         if is_open(fmt):
             scales = self.extreme if fmt.family == "float" else self._scales(searched=False)[1]
             fit = fitted_table(flat, fmt, shape, scales, row_weights)
@@ -136,22 +123,12 @@ class _Encoder:
     def parts(self) -> Parts:
         """What is stored of the dense tensor."""
         device = self.flat.device
-        made: Parts = self.on_gpu or self._coded()
+        made = self._coded()
         if self.fmt.is_codebook:
             made["codebook"] = torch.tensor(self.table.values, dtype=torch.float32, device=device)
         if self.fitted is not None:
             made["fitted"] = torch.tensor([self.fitted], dtype=torch.float64, device=device)
         return made
-
-    def _on_gpu(self) -> Parts | None:
-        """Codes and scales in one pass, where a kernel makes them."""
-        is_checked = self.fmt.scale_format == "fp16"  # its range, by the statistics
-        found = None if is_checked else gpu.encode(self.flat.reshape(self.shape), self.fmt, self.table)
-        if found is None:
-            return None
-        if not bool(found.finite):
-            require_finite(self.flat.reshape(self.shape))
-        return {"codes": found.codes, "scales": found.scales}
 
     def _coded(self) -> Parts:
         """Codes and scales, in one pass where there is one; fp16's range is checked by the statistics."""
@@ -204,10 +181,9 @@ class _Encoder:
 
     def _codes(self, factors: torch.Tensor) -> torch.Tensor:
         """Packed codes, uint8."""
-        if self.flat.device.type == "cuda":
-            found = gpu.encode_codes(self.flat.reshape(self.shape), self.fmt, self.table, factors)
-            if found is not None:
-                return found
+        found = self.passes.all_codes(factors, self.table)
+        if found is not None:
+            return found
         count = self.grid.elements
         packed = torch.empty(packed_bytes(self.fmt.codes, count), dtype=torch.uint8, device=self.flat.device)
 

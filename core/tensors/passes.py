@@ -1,7 +1,8 @@
 """The two passes that encoding makes over a tensor, piece by piece: statistics of blocks, and packed codes.
 
-Two implementations of one thing: `Reference`, the readable one in torch, for any device and dtype; `Compiled`, loops
-for the CPU that give the same bits many times as fast. `passes_for` takes the compiled ones where they apply.
+Three implementations of one thing: `Reference`, the readable one in torch, for any device and dtype; `Compiled`, loops
+for the CPU, and `OnGpu`, kernels for CUDA devices, that give the same bits many times as fast. `passes_for` takes those
+that apply.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from core.errors import NonFiniteWeights
 from core.formats.elements import ElementTable, stored_codes
 from core.formats.stored import group_of, packed_bytes, plane_places, planes, scale_dtype
 from core.recipe.tensor_format import TensorFormat
-from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.blocks import PIECE, BlockGrid, Piece
 from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.indices import nearest_indices, uses_quotients
-from core.tensors.kernels import cpu, cpu_packing
+from core.tensors.kernels import cpu, cpu_packing, gpu
 from core.tensors.kernels.cpu_rule import rounding_rule
 from core.tensors.kernels.cpu_whole import OnePass, one_pass
 from core.tensors.packing import pack_planes
@@ -50,6 +51,10 @@ class Passes(Protocol):
         """
         ...
 
+    def all_codes(self, factors: torch.Tensor, table: ElementTable) -> torch.Tensor | None:
+        """Packed codes of the tensor for decoded scales `factors`; None where they are made piece by piece."""
+        ...
+
     def codes(self, piece: Piece, factors: torch.Tensor, table: ElementTable) -> list[torch.Tensor]:
         """Packed codes of each plane for decoded scales `factors`, one per block of the piece."""
         ...
@@ -63,7 +68,16 @@ def passes_for(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) ->
     """The passes over a flat tensor of that shape."""
     if flat.device.type == "cpu" and cpu.supports(flat.dtype, fmt.codes):
         return Compiled(flat.contiguous(), fmt, shape)
-    return Reference(flat, fmt, shape)
+    return (OnGpu if flat.device.type == "cuda" else Reference)(flat, fmt, shape)
+
+
+def require_finite(weight: torch.Tensor) -> None:
+    """NonFiniteWeights with the place of the first NaN or infinity."""
+    flat = weight.reshape(-1)
+    for start in range(0, flat.numel(), PIECE):
+        finite = torch.isfinite(flat[start : start + PIECE])
+        if not bool(finite.all()):
+            raise refuse_not_finite(tuple(weight.shape), start + int((~finite).to(torch.uint8).argmax()))
 
 
 def refuse_not_finite(shape: tuple[int, ...], place: int) -> NonFiniteWeights:
@@ -89,6 +103,9 @@ class Reference:
     def whole(self, table: ElementTable) -> Encoded | None:  # noqa: ARG002 - the readable one has two passes
         return None
 
+    def all_codes(self, factors: torch.Tensor, table: ElementTable) -> torch.Tensor | None:  # noqa: ARG002 - likewise
+        return None
+
     def statistics(self, piece: Piece) -> Statistics:
         blocks = self.blocks(piece)
         finite = torch.isfinite(blocks)
@@ -107,6 +124,21 @@ class Reference:
 
     def over(self, work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
         return [work(piece) for piece in pieces]
+
+
+class OnGpu(Reference):
+    """By kernels; by torch's operations what they do not take."""
+
+    def whole(self, table: ElementTable) -> Encoded | None:
+        found = gpu.encode(self.flat.reshape(self.shape), self.fmt, table)
+        if found is None:
+            return None
+        if not bool(found.finite):
+            require_finite(self.flat.reshape(self.shape))
+        return Encoded(found.codes, found.scales.reshape(-1))
+
+    def all_codes(self, factors: torch.Tensor, table: ElementTable) -> torch.Tensor | None:
+        return gpu.encode_codes(self.flat.reshape(self.shape), self.fmt, table, factors)
 
 
 class Compiled:
@@ -135,6 +167,9 @@ class Compiled:
         damaged = pass_.encode(self.flat, piece.start, piece.stop, blocks, scales, bytes_)
         if damaged is not None:
             raise refuse_not_finite(self.shape, piece.start + damaged)
+
+    def all_codes(self, factors: torch.Tensor, table: ElementTable) -> torch.Tensor | None:  # noqa: ARG002 - as the others
+        return None
 
     def statistics(self, piece: Piece) -> Statistics:
         values, name = self.flat[piece.start : piece.stop], self.fmt.base_statistic

@@ -13,11 +13,13 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from core.errors import NonFiniteWeights
 from core.formats.elements import ElementTable, element_table, shared_weights
 from core.recipe.tensor_format import TensorFormat, parse
 from core.tensors.encoded import EncodedTensor
 from core.tensors.kernels import gpu
 from core.tensors.nearest import encode_nearest
+from core.tensors.passes import OnGpu
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +48,20 @@ FORMATS = [
     "float3_e1m1@8:absmax:fp16",
 ]
 ONLY_CODES = ["float4_e2m1@16:absmax:e4m3", "nf4@64:absmax:dq8", "int4@tensor", "int4@32:search"]
+WHOLE = [
+    "t_4@32:signmax",
+    "power4@32",
+    "lloyd4@64",
+    "float4@32",
+    "nf4@64",
+    "nf4@64:search",
+    "int4@32:absmax:fp16",
+    "q4_1",
+    "t7_4@32:signmax-search:e4m3",
+    "nf4@64:absmax:dq8",
+    "int4@tensor:rms-search",
+    "int4@32+outliers0.01+rotate",
+]
 REFUSED = ["int3.58@64", "int12@64", "int4@7", "q4_k"]
 
 
@@ -215,3 +231,25 @@ def test_dtypes_that_kernels_do_not_know_are_left_to_the_reference() -> None:
     assert gpu.encode(weight.to(DEVICE), fmt, table_of(fmt, (1, 64))) is None
     assert gpu.decode(on_device(encode_nearest(weight, fmt)), torch.float16) is None
     assert gpu.encode(torch.ones((0, 64), device=DEVICE), fmt, table_of(fmt, (0, 64))) is None
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_the_whole_coder_writes_the_parts_of_the_reference(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted is fitted before kernels see a table."""
+    weight = torch.randn((24, 192), generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    expected = encode_nearest(weight, parse(text), seed=3)
+    monkeypatch.setattr("core.tensors.nearest.passes_for", OnGpu)
+    found = encode_nearest(weight.to(DEVICE), parse(text), seed=3)
+    assert found.parts().keys() == expected.parts().keys()
+    for name, part in expected.parts().items():
+        assert torch.equal(
+            found.parts()[name].cpu().reshape(-1).view(torch.uint8), part.reshape(-1).view(torch.uint8)
+        ), name
+
+
+def test_the_whole_coder_names_the_first_weight_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(4, 64)
+    weight[2, 5] = math.nan
+    monkeypatch.setattr("core.tensors.nearest.passes_for", OnGpu)
+    with pytest.raises(NonFiniteWeights, match=r"\[2, 5\]"):
+        encode_nearest(weight.to(DEVICE), parse("nf4@64"))

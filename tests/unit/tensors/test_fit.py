@@ -146,15 +146,6 @@ def test_of_equal_candidates_the_smallest_and_the_multiplier_nearest_to_one_are_
     nothing = histogram_of_blocks(torch.zeros(64), 64, 64)
     assert fits.fit_nu(nothing, "rms", "sym", 16) == fits.Fit(3.0, 1.0, 0.0)
     assert fits.fit_exponent_bits(nothing, 4) == fits.Fit(1, 1.0, 0.0)
-    assert fits.fit_multiplier(nothing, (-1.0, 1.0)) == 1.0
-
-
-@pytest.mark.parametrize("factor", [0.25, 2**-0.25, 1.0, 2**0.5, 4.0])
-def test_the_multiplier_by_which_data_were_made_is_found(factor: float) -> None:
-    table = root_density.codebook("normal", None, "rms", "sym", 16)
-    values = torch.tensor(table, dtype=torch.float64) * factor
-    histogram = scaled_histogram(values.float(), one_scale(16), torch.ones(1))
-    assert fits.fit_multiplier(histogram, table) == factor
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])

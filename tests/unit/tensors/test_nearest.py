@@ -340,3 +340,13 @@ def test_the_first_weight_that_is_no_number_is_named(text: str) -> None:
     with pytest.raises(NonFiniteWeights, match=r"NaN or infinity|\[2, 1, 3\]") as refused:
         encode_nearest(weight, parse(text))
     assert "[2, 1, 3]" in refused.value.detail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", ["nf4@8", "int12@8", "normal4@8+rotate", "int4@8+outliers0.1", "q4_k", "int4@8:rms"])
+def test_memory_that_is_given_is_decoded_into(text: str, dtype: torch.dtype) -> None:
+    encoded = encode_nearest(data((6, 50), 4), parse(text))
+    memory = torch.full((300,), 7.0, dtype=dtype)
+    found = encoded.decode(dtype, out=memory)
+    assert found.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory.reshape(6, 50), encoded.decode(dtype))
