@@ -3,10 +3,10 @@
 Every format encodes the same seeded 2^20 samples, 256 rows of 4096, with the real coder, and its bytes are counted.
 `docs/images/rate_distortion.jsonl` takes these numbers, `rate_distortion_model.jsonl` beside it the KL divergence of
 the bundled model in some formats. The picture `rate_distortion.svg` and the tables between the markers
-`<!-- frontier -->`, `<!-- four bits -->` and `<!-- model -->` in docs/formats.md are functions of them: the same
-numbers give the same bytes.
+`<!-- frontier -->`, `<!-- grids -->`, `<!-- coded -->`, `<!-- four bits -->` and `<!-- model -->` in docs/formats.md
+are functions of them: the same numbers give the same bytes.
 
-    python docs/rate_distortion.py --measure   measures anew (four minutes on one core), then draws
+    python docs/rate_distortion.py --measure   measures anew (five minutes on one core), then draws
     python docs/rate_distortion.py             draws what is there
 """
 
@@ -29,14 +29,25 @@ MODEL_NUMBERS = ROOT / "docs" / "images" / "rate_distortion_model.jsonl"
 PICTURE = ROOT / "docs" / "images" / "rate_distortion.svg"
 PAGE = ROOT / "docs" / "formats.md"
 SAMPLES, COLUMNS, SEED = 1 << 20, 4096, 0
-WIDTHS = range(2, 9)
+WIDTHS = tuple(map(float, range(2, 9)))
 SOURCES = {"normal": ("normal", None), "laplace": ("laplace", None), "student_t:5": ("t", 5.0)}
 TITLES = {"normal": "Normal", "laplace": "Laplace", "student_t:5": "Student-t, 5 degrees of freedom"}
 BUDGETS = (2.3, 2.7, 3.3, 4.05, 4.3, 4.6, 5.3, 6.3, 8.3)
+GRID = "grid{}@tensor:rms"  # measured at the budgets too: a grid takes what it is asked for
 CODED_BITS = tuple(step / 4 for step in range(6, 37))
 
 # Series by group: a format for each width that the family allows ({}), or a single one. The first is the group's line.
+CODED = "entropy coded"
 SERIES = {
+    CODED: (
+        GRID,
+        "grid{}@channel",
+        "grid{}@64",
+        "t7_{}@64:signmax+rans",
+        "int{}@64+rans",
+        "t_{}@tensor:rms-search+rans",
+        "lloyd{}@tensor:rms+rans",
+    ),
     "integers and floats": (
         "int{}@64",
         "int{}@64:signmax",
@@ -110,8 +121,12 @@ SERIES = {
     ),
     "GGUF": ("q2_k", "q3_k", "q4_0", "q4_1", "iq4_nl", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"),
 }
-# On the bundled model, all with elements of four bits.
+# On the bundled model, all with elements of four bits; a grid's bits count its scales.
 MODEL_FORMATS = (
+    "grid4.25@tensor",
+    "grid4.25@channel",
+    "grid4.25@64",
+    "grid4@tensor",
     "t7_4@32:signmax-search:e4m3",
     "float4_e2m1@16:search:e4m3",
     "lloyd4@64:signmax",
@@ -129,13 +144,26 @@ MODEL_FORMATS = (
     "mxfp4",
 )
 MODEL_COMMAND = (
-    "quantise models/bitmill_5m --recipe fast --set target.bits_per_param=4.6 --set allocation.min_bits=4 "
-    "--set allocation.max_bits=4 --set evaluation.sequences=16 --set evaluation.sequence_length=512"
+    "quantise models/bitmill_5m --recipe fast --set target.bits_per_param=4.6 --set allocation.min_bits={bits} "
+    "--set allocation.max_bits={bits} --set evaluation.sequences=16 --set evaluation.sequence_length=512"
 )
-_COLOURS = ("#9a9a9a", "#3b7dd8", "#0b6e4f", "#8bbf1f", "#e08a00", "#c2185b", "#6a3fa0")
+_COLOURS = ("#00acc1", "#9a9a9a", "#3b7dd8", "#0b6e4f", "#8bbf1f", "#e08a00", "#c2185b", "#6a3fa0")
 _LABELS: dict[str, dict[str, str]] = {  # what is named in the picture, and on which side of its point
-    "left": {"mxfp4": "mxfp4", "nf4@64": "nf4", "int4@64": "int4@64", "normal4@tensor:rms+rotate": "rotated"},
-    "right": {"nvfp4": "nvfp4", "q2_k": "q2_k", "q4_k": "q4_k", "q6_k": "q6_k", "mxfp6_e2m3": "mxfp6_e2m3"},
+    "left": {
+        "grid2@tensor:rms": "grid",
+        "mxfp4": "mxfp4",
+        "nf4@64": "nf4",
+        "int4@64": "int4@64",
+        "normal4@tensor:rms+rotate": "rotated",
+    },
+    "right": {
+        "int6@64+rans": "int6@64+rans",
+        "nvfp4": "nvfp4",
+        "q2_k": "q2_k",
+        "q4_k": "q4_k",
+        "q6_k": "q6_k",
+        "mxfp6_e2m3": "mxfp6_e2m3",
+    },
 }
 _LIMIT_LABELS = {"shannon": "Shannon", "entropy-coded grid": "uniform grid with an ideal entropy code"}
 _LABELLED_BITS = 4.0
@@ -180,17 +208,24 @@ class Model:
 def catalogue() -> Iterator[tuple[str, str, str]]:
     """(group, series, format) of all that is measured."""
     from core.errors import InvalidFormat
-    from core.recipe.tensor_format import parse
+    from core.recipe.tensor_format import number_text, parse
 
     for group, series in SERIES.items():
         for one in series:
-            for width in WIDTHS if "{}" in one else (0,):
-                name = one.format(width)
+            for width in widths_of(one):
+                name = one.format(number_text(width))
                 try:
                     parse(name)
                 except InvalidFormat:
                     continue
                 yield group, one, name
+
+
+def widths_of(series: str) -> tuple[float, ...]:
+    """The widths that a series is measured at, as far as its family allows them."""
+    if "{}" not in series:
+        return (0.0,)
+    return tuple(sorted((*WIDTHS, *BUDGETS))) if series == GRID else WIDTHS
 
 
 def measure() -> Iterator[Measured | Limit]:
@@ -211,11 +246,12 @@ def measure() -> Iterator[Measured | Limit]:
 def measure_models() -> Iterator[Model]:
     """The bundled model in each of its formats, by the command line."""
     from cli.main import run
+    from core.recipe.tensor_format import number_text, parse
 
     for name in MODEL_FORMATS:
-        answer = io.StringIO()
+        command, answer = MODEL_COMMAND.format(bits=number_text(parse(name).bits)), io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.redirect_stdout(answer):
-            run([*MODEL_COMMAND.split(), "--set", f"format={name}", "--out", f"{folder}/out", "--json"])
+            run([*command.split(), "--set", f"format={name}", "--out", f"{folder}/out", "--json"])
         report = json.loads(answer.getvalue())
         metrics = report["metrics"]
         yield Model(name, report["summary"]["bits_per_param"], metrics["kl_mean"], metrics["kl_stderr"])
@@ -279,22 +315,56 @@ def chart(rows: list[Measured], limits: list[Limit]) -> Json:
     }
 
 
+def best_of_fixed_length(rows: list[Measured], source: str, budget: float) -> Measured:
+    """Of the formats without an entropy code the one of least error within a budget of stored bits."""
+    fixed = (row for row in rows if row.source == source and row.group != CODED and row.bits <= budget)
+    return min(fixed, key=lambda row: row.r)
+
+
 def frontier(rows: list[Measured], limits: list[Limit]) -> str:
-    """A table in Markdown: within each budget of stored bits the format of least error, and how far above the limit."""
+    """A table in Markdown: within each budget the best format of fixed length, and how far above the limit it is."""
     titles = " | ".join(f"{title}: least error | R | above" for title in TITLES.values())
     lines = [f"| stored bits, at most | {titles} |", "|---|" + "---|" * (3 * len(TITLES))]
     for budget in BUDGETS:
         cells = []
         for source in SOURCES:
-            best = min((row for row in rows if row.source == source and row.bits <= budget), key=lambda row: row.r)
+            best = best_of_fixed_length(rows, source, budget)
             cells.append(f"`{best.name}` | {best.r:.4f} | {gap(best, limits):.2f}")
         lines.append(f"| {budget:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def grids(rows: list[Measured], limits: list[Limit]) -> str:
+    """A table in Markdown: at each budget the grid, how far above the limit, and its R over that of the frontier."""
+    titles = " | ".join(f"{title}: R | above | of the best above" for title in TITLES.values())
+    lines = [f"| stored bits | {titles} |", "|---|" + "---|" * (3 * len(TITLES))]
+    for budget in BUDGETS:
+        name, cells = GRID.format(f"{budget:g}"), []
+        for source in SOURCES:
+            row = next(one for one in rows if (one.source, one.name) == (source, name))
+            share = row.r / best_of_fixed_length(rows, source, budget).r
+            cells.append(f"{row.r:.4f} | {gap(row, limits):.2f} | {share:.2f}")
+        lines.append(f"| {budget:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def coded(rows: list[Measured]) -> str:
+    """A table in Markdown: what formats of four bits an element take with the option rans, and their R, unchanged."""
+    titles = " | ".join(f"{title}: bits | R" for title in TITLES.values())
+    lines = [f"| format | {titles} |", "|---|" + "---|" * (2 * len(TITLES))]
+    found = {(row.name, row.source): row for row in rows}
+    for series in SERIES[CODED]:
+        name = series.format(4)
+        if not name.endswith("+rans"):
+            continue
+        cells = (f"{row.bits:.3f} | {row.r:.4f}" for row in (found[name, source] for source in SOURCES))
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def four_bits(rows: list[Measured]) -> str:
-    """A table in Markdown: every format of four bits an element, by its error on Student-t."""
-    names = dict.fromkeys(row.name for row in rows if 4 <= row.bits < _FIVE)
+    """A table in Markdown: all between 4 and 4.9 bits whose bits the weights do not decide, by R on Student-t."""
+    names = dict.fromkeys(row.name for row in rows if 4 <= row.bits < _FIVE and not row.name.endswith("+rans"))
     found = {(row.name, row.source): row for row in rows}
     lines = [
         f"| format | stored bits | {' | '.join(f'R, {title}' for title in TITLES.values())} |",
@@ -318,7 +388,13 @@ def model_table(models: list[Model]) -> str:
 
 def page_with(page: str, rows: list[Measured], limits: list[Limit], models: list[Model]) -> str:
     """The page with its tables as the numbers have them."""
-    tables = {"frontier": frontier(rows, limits), "four bits": four_bits(rows), "model": model_table(models)}
+    tables = {
+        "frontier": frontier(rows, limits),
+        "grids": grids(rows, limits),
+        "coded": coded(rows),
+        "four bits": four_bits(rows),
+        "model": model_table(models),
+    }
     for mark, table in tables.items():
         start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         before, _, rest = page.partition(start)

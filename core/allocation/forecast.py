@@ -6,8 +6,8 @@ weights), d_o the mean squared error of the row as the real encoder makes it; of
 + r_o in row o: that part of the error is taken out of d_o and costs `½ (m² S + Σ_o r_o² S_o)`, S and S_o being the
 Fisher information of a factor on the tensor and on the row. Holds for errors that are not shaped by the rounding and
 for KL up to about 0.3 (8.3). Tensors of more than 2^20 weights are measured on evenly spaced rows, but for formats with
-one scale per tensor. Sums are fp64 and results have nine significant digits, so that the order of a reduction decides
-nothing.
+one scale per tensor (of a grid the rate decides, not the scale, so rows do). Sums are fp64 and results have nine
+significant digits, so that the order of a reduction decides nothing.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Forecast:
         try:
             return [
                 predicted_kl(weights, fisher, np.arange(len(weights)), text, scales)
-                if parse(text).granularity == "tensor"
+                if parse(text).granularity == "tensor" and not parse(text).is_grid
                 else predicted_kl(part, fisher, rows, text, scales)
                 for text in texts
             ]

@@ -55,6 +55,10 @@ class Sizes:
         """Bytes of a group's parts, and of its format's name in the header, which differs in length."""
         return sum(self.tensor(name, text) + len(text) for name in group.members)
 
+    def elements(self, group: Group) -> int:
+        """Weights of a group."""
+        return sum(self.index.tensors[name].elements for name in group.members)
+
     @cached_property
     def least(self) -> int:
         """The smallest size in the space."""

@@ -8,6 +8,7 @@ keeps. Whoever contradicts himself (bounds that leave no width) gets InvalidReci
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,8 @@ from functools import cached_property
 from core.errors import InvalidRecipe
 from core.exports.layout import KEEP
 from core.recipe.allocation import AllocationSpec, widths_within
+from core.recipe.format_names import MAX_GRID_BITS
+from core.recipe.format_rules import least_grid_bits
 from core.recipe.groups import grouping
 from core.recipe.recipe import Override, first_match
 from core.recipe.tensor_format import TensorFormat, parse
@@ -22,6 +25,7 @@ from core.storage.checkpoint import CheckpointIndex
 from core.tensors.dtypes import FLOATING
 
 _LEAST_CODES, _MOST_CODES = 4, 256
+RATE_STEP = 0.02  # bits between the rates of a grid that the solver chooses from
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,36 @@ class Group:
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats to choose from, by ascending width."""
-        return tuple(self._text(bits) for bits in self.widths)
+        return tuple(self.text(bits) for bits in self.widths)
 
     def at(self, bits: float) -> str:
         """The widest format of at most that many bits between the bounds, on the fine ladder; else the narrowest."""
-        fits = [width for width in self._ladder if width <= bits + 1e-9]
-        return self._text(fits[-1] if fits else self.widths[0])
+        fits = bisect_right(self.ladder, bits + 1e-9)
+        return self.text(self.ladder[fits - 1] if fits else self.widths[0])
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """What the solver chooses from: of a grid many more rates than `widths`, between which losses are known."""
+        if not self.base.is_grid or len(self.widths) == 1:
+            return self.widths
+        between = (step * RATE_STEP for step in range(math.ceil(self.widths[0] / RATE_STEP), MAX_GRID_BITS * 50))
+        inside = {round(bits, 2) for bits in between if self.widths[0] < bits < self.widths[-1]}
+        return tuple(sorted(inside | set(self.widths)))
 
     @cached_property
-    def _ladder(self) -> tuple[float, ...]:
-        """Every width worth having between the bounds: `widths`, and for codebooks all even numbers of codes."""
+    def ladder(self) -> tuple[float, ...]:
+        """Every width worth having between the bounds: `widths`, all even numbers of codes, a grid's rates."""
         if len(self.widths) == 1:
             return self.widths
+        if self.base.is_grid:
+            inside = (bits for bits in ladder(self.base) if self.widths[0] < bits < self.widths[-1])
+            return (self.widths[0], *inside, self.widths[-1])
         fine = {self.base.with_bits(bits).codes: bits for bits in ladder(self.base)}
         fine |= {self.base.with_bits(bits).codes: bits for bits in self.widths}
         return tuple(bits for _, bits in sorted(fine.items()) if self.widths[0] <= bits <= self.widths[-1])
 
-    def _text(self, bits: float) -> str:
+    def text(self, bits: float) -> str:
+        """The format of a width."""
         return str(self.base if bits == self.base.bits else self.base.with_bits(bits))
 
 
@@ -75,10 +92,14 @@ class Space:
 
 
 def ladder(base: TensorFormat) -> tuple[float, ...]:
-    """The finest widths of a format: integer steps, or for codebooks log2 of every even number of codes from 4 to 256.
+    """The finest widths of a format: integer steps, for codebooks log2 of every even number of codes from 4 to 256, for
+    grids thousandths of a bit.
 
     Written with two decimals, or as many more as it takes to give that number of codes again.
     """
+    if base.is_grid:
+        least = math.ceil(1000 * least_grid_bits(base))
+        return tuple(thousandths / 1000 for thousandths in range(least, 1000 * MAX_GRID_BITS + 1))
     if not base.is_codebook:
         return base.allowed_widths()
     return tuple(_label_bits(codes) for codes in range(_LEAST_CODES, _MOST_CODES + 1, 2))
@@ -168,5 +189,10 @@ def _group(
 def with_least(group: Group, text: str) -> Group:
     """The group with nothing narrower than the format `text`, which becomes its narrowest."""
     least = parse(text)
-    wider = tuple(bits for bits in group.widths if group.base.with_bits(bits).codes > least.codes)
+    wider = tuple(bits for bits in group.widths if _order(group.base.with_bits(bits)) > _order(least))
     return replace(group, widths=(least.bits, *wider))
+
+
+def _order(fmt: TensorFormat) -> float:
+    """By what widths are told apart."""
+    return fmt.bits if fmt.is_grid else fmt.codes

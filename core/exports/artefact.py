@@ -66,11 +66,18 @@ class Artefact:
         """
         own = TORCH_DTYPES[self.tensors[name].dtype]
         wanted = TORCH_DTYPES[dtype] if dtype else own
-        kept = self.is_kept(name)
-        values = read_tensor(self.index, name) if kept else _clamped(self.encoded(name).decode(), own)
+        values = read_tensor(self.index, name) if self.is_kept(name) else self._decoded(name, own, wanted)
         if wanted.is_floating_point and wanted != own:
             _require_range(values, wanted, name)
         return values.to(wanted)
+
+    def _decoded(self, name: str, own: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
+        """Rounded once to its own dtype if that is wanted, otherwise fp32 within the range of its own."""
+        try:
+            encoded = self.encoded(name)
+            return encoded.decode(own) if own == wanted else _clamped(encoded.decode(), own)
+        except BitmillError as error:
+            raise error.at(name) from None
 
     def as_checkpoint(self) -> CheckpointIndex:
         """The decoded tensors' names, dtypes and shapes, for what builds a network; its bytes cannot be read."""

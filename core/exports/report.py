@@ -10,6 +10,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from core.exports.layout import KEEP
+from core.recipe.tensor_format import parse
+
 
 @dataclass(frozen=True)
 class TensorResult:
@@ -58,10 +61,10 @@ def with_shares(results: list[TensorResult]) -> list[dict[str, Any]]:
 
 
 def coverage(results: list[TensorResult]) -> list[dict[str, Any]]:
-    """How many parameters lie in each format, most first."""
+    """How many parameters lie in each kind of format, most first; what single tensors have of their own is left out."""
     groups: dict[str, list[TensorResult]] = defaultdict(list)
     for result in results:
-        groups[result.format].append(result)
+        groups[result.format if result.format == KEEP else parse(result.format).kind].append(result)
     total = sum(result.elements for result in results) or 1
     rows = []
     for name, members in groups.items():

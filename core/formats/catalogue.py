@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from core.errors import InvalidFormat
 from core.formats.block_types import BLOCK_TYPES
 from core.formats.elements import ASSUMED_CHANNEL, depends_on_block, element_table
+from core.formats.limits import entropy_coded_grid
 from core.formats.sparse_index import index_bytes, outlier_count
 from core.formats.stored import packed_bits, scale_bits
 from core.recipe.format_names import ALIASES, BLOCK_NAMES, FAMILIES, SCALE_FORMATS, STATISTICS
@@ -34,8 +36,13 @@ _FAMILIES = {
         "power4@64",
         "powers of a uniform grid (PowerQuant, NUPES); power0.7_4 gives the exponent, power4 fits it",
     ),
+    "grid": (
+        "grid3@tensor:rms",
+        "uniform grid with entropy-coded codes; its step is solved so that all that is stored takes the bits named",
+    ),
 }
 _OUTLIER_VALUE_BITS = 16
+_GRID_SHOWN = 4.0  # RMS
 _LONG = 1 << 24  # elements of the tensor that shares of outliers are counted on
 
 
@@ -70,9 +77,12 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
 
     Where only a tensor's shape tells how many weights share a scale, the codebook is that of `assumed_shared` weights
     and `bits_per_param` leaves the scales out. Of what is fitted to each tensor the start is shown and `fitted` named.
+    A grid is shown for Normal weights.
     """
     if fmt.is_block_type:
         return _described_block(fmt)
+    if fmt.is_grid:
+        return _described_grid(fmt)
     known = isinstance(fmt.granularity, int)
     shared = fmt.granularity if isinstance(fmt.granularity, int) else ASSUMED_CHANNEL
     described = {
@@ -86,7 +96,9 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
     }
     described |= {"assumed_shared": shared} if not known and depends_on_block(fmt) else {}
     rule = (fmt.outlier_rule or ("outliers", 0.0))[0]
-    described |= {} if rule == "outliers" else {"not_counted": f"outliers: how many {rule} finds only the data tell"}
+    unknown = [] if rule == "outliers" else [f"outliers: how many {rule} finds only the data tell"]
+    unknown += [f"{fmt.entropy_code}: what it saves only the data tell"] if fmt.entropy_code else []
+    described |= {"not_counted": "; ".join(unknown)} if unknown else {}
     fitted = "codebook" if fmt.family == "lloyd" else fmt.fitted
     return described | ({"fitted": fitted} if fitted else {})
 
@@ -101,6 +113,22 @@ def _described_block(fmt: TensorFormat) -> dict[str, Any]:
         "block_size": kind.elements,
         "bits_per_param": kind.bits,
         "description": _block_sentence(fmt.mode),
+    }
+
+
+def _described_grid(fmt: TensorFormat) -> dict[str, Any]:
+    """A grid with the step that Normal weights would have under the statistic rms, out to where few of them are."""
+    step = entropy_coded_grid("normal", None, fmt.element_bits).delta
+    last = math.ceil(_GRID_SHOWN / step)
+    return {
+        "format": str(fmt),
+        "codebook": [step * number for number in range(-last, last + 1)],
+        "element_bits": fmt.element_bits,
+        "scale_bits": scale_bits(fmt),
+        "block_size": fmt.granularity,
+        "bits_per_param": fmt.bits,
+        "description": _sentence(fmt),
+        "fitted": "step",
     }
 
 

@@ -68,7 +68,8 @@ def codebook_table(values: tuple[float, ...]) -> ElementTable:
 def element_table(fmt: TensorFormat, shared: int) -> ElementTable:
     """The table of a format whose scales are shared by `shared` weights each (block, row or tensor).
 
-    Of a format that is fitted to each tensor: the table that fitting starts from.
+    Of a format that is fitted to each tensor: the table that fitting starts from. Of a grid, which has no ends: the
+    interval that an absmax is put at, whatever its step will be.
     """
     block = None if not depends_on_block(fmt) else shared
     return _table(started(fmt), block)
@@ -141,6 +142,8 @@ def _codebook(fmt: TensorFormat, block: int | None) -> tuple[float, ...]:
         signed = fmt.mode.startswith("s")
         metric: Metric = "mae" if fmt.mode.endswith("mae") else "mse"
         return block_optimal.block_optimal(fmt.codes, block or 1, signed=signed, metric=metric)
+    if fmt.is_grid:
+        return (-1.0, 0.0, 1.0)
     if fmt.family in ROOT_DENSITIES:
         return _root_density(fmt, block)
     raise InvalidFormat(f"no table for {fmt.family}", where=str(fmt))

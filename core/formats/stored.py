@@ -5,11 +5,14 @@ radix r are one little-endian number d_0 + d_1 r + d_2 r^2 ... of `width` bytes;
 that it needs. For powers of two that is plain bit packing, lowest bits first (4 bits: the first code is the low
 nibble). For other numbers of codes n = low * high two planes of code % low and code // low often come closer to log2 n
 bits than one: 12 codes are 2 bits and five ternary digits a byte, 3.6 bits. More than 256 codes: low bytes, and what is
-above them.
+above them. Entropy-coded codes take what they take, which only the data tell, but for a grid: all of its parts together
+take exactly the bits per weight that it is named for, and its encoder sees to it that its codes fit.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
@@ -17,14 +20,17 @@ from math import lcm, prod
 from core.errors import InvalidFormat
 from core.formats import sparse_index
 from core.formats.block_types import BLOCK_TYPES
+from core.recipe.format_names import SCALE_BITS
 from core.recipe.tensor_format import TensorFormat
 
 _MAX_WIDTH = 7  # bytes of a group: its number fits a signed 64-bit integer
 _BYTE = 256
 
 _SCALE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "e8m0": "U8", "e4m3": "F8_E4M3", "dq8": "U8"}
-_SCALE_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "e8m0": 8.0, "e4m3": 8.0}
+_BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 DOUBLE_BLOCK = 256  # scales that share a scale of their own under dq8
+CENTROIDS = 3
+LEAST_CODED = 32  # bytes of a part of entropy-coded codes in which there is room for a single value
 
 
 def scale_dtype(fmt: TensorFormat) -> str:
@@ -34,8 +40,7 @@ def scale_dtype(fmt: TensorFormat) -> str:
 
 def scale_bits(fmt: TensorFormat) -> float:
     """Bits per scale of long tensors; constants of a whole tensor are left out."""
-    name = fmt.scale_format.partition("-")[0]
-    return 8 + 32 / DOUBLE_BLOCK if name == "dq8" else _SCALE_BITS[name]
+    return SCALE_BITS[fmt.scale_format.partition("-")[0]]
 
 
 @dataclass(frozen=True)
@@ -135,21 +140,20 @@ def scale_shape(fmt: TensorFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def stored_parts(
-    fmt: TensorFormat, shape: tuple[int, ...], outliers: int | None = None
+    fmt: TensorFormat, shape: tuple[int, ...], outliers: int | None = None, coded: int | None = None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The parts of an encoded tensor: name -> (safetensors dtype, shape). Layout version 1.
 
-    `codes`: packed, U8, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are multiplied with.
-    `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from which alone it is
-    decoded. `fitted`: the parameter that was fitted. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of
-    a random rotation. `outliers`: their number where the data decide it and the format does not tell.
+    `codes`: packed, U8, or entropy coded, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are
+    multiplied with. `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from
+    which alone it is decoded. `fitted`: the parameter that was fitted. `step`, `centroids`: of a grid, its step and how
+    far below k steps, in steps, the numbers of cell k = 1, 2, 3 or more are decoded. `outlier_values`, `outlier_index`:
+    see `sparse_index`. `seed`: of a random rotation. `outliers`, `coded`: their number and the bytes of entropy-coded
+    codes where the data decide these and the format does not tell.
     """
     if fmt.is_block_type:
         return {"codes": ("U8", (_block_bytes(fmt, shape),))}
-    parts: dict[str, tuple[str, tuple[int, ...]]] = {
-        "codes": ("U8", (packed_bytes(fmt.codes, prod(shape)),)),
-        "scales": (scale_dtype(fmt), scale_shape(fmt, shape)),
-    }
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {"scales": (scale_dtype(fmt), scale_shape(fmt, shape))}
     if fmt.scale_format == "e4m3":
         parts["tensor_scale"] = ("F32", (1,))
     if fmt.scale_format == "dq8":
@@ -157,6 +161,8 @@ def stored_parts(
         parts["scale_absmax"] = ("F32", (-(-prod(scale_shape(fmt, shape)) // DOUBLE_BLOCK),))
     if fmt.is_codebook:
         parts["codebook"] = ("F32", (fmt.table_size,))
+    if fmt.is_grid:
+        parts |= {"step": ("F32", (1,)), "centroids": ("F16", (CENTROIDS,))}
     if fmt.fitted:
         parts["fitted"] = ("F64", (1,))
     if fmt.outlier_rule:
@@ -165,7 +171,26 @@ def stored_parts(
         parts["outlier_index"] = ("U8", (sparse_index.index_bytes(prod(shape), count),))
     if fmt.rotation == "rotate":
         parts["seed"] = ("I64", (1,))
-    return parts
+    return {"codes": ("U8", (_codes_bytes(fmt, shape, parts, coded),))} | parts
+
+
+def _codes_bytes(
+    fmt: TensorFormat, shape: tuple[int, ...], others: Mapping[str, tuple[str, tuple[int, ...]]], found: int | None
+) -> int:
+    """Bytes of the part `codes`."""
+    if fmt.is_grid:
+        taken = sum(_BYTES[dtype] * prod(size) for dtype, size in others.values())
+        return max(math.floor(fmt.bits * prod(shape) / 8) - taken, LEAST_CODED)
+    if fmt.entropy_code is None:
+        return packed_bytes(fmt.codes, prod(shape))
+    known = found if fmt.coded_bytes is None else fmt.coded_bytes
+    if known is None:
+        raise InvalidFormat(
+            f"how many bytes {fmt.entropy_code} takes only the data tell",
+            where=str(fmt),
+            hint=f"a grid, such as grid3@tensor, or +{fmt.entropy_code}x1234",
+        )
+    return known
 
 
 def outlier_count(fmt: TensorFormat, shape: tuple[int, ...], found: int | None = None) -> int:

@@ -44,6 +44,8 @@ from core.recipe.target import Target
 from core.recipe.tensor_format import TensorFormat, parse
 from core.rounding.base import Sensitivity, round_tensor
 from core.storage.checkpoint import CheckpointIndex
+from core.tensors.dtypes import TORCH_DTYPES
+from core.tensors.encoded import EncodedTensor
 from core.tensors.reader import read_tensor
 
 Method = Callable[[int], Formats]
@@ -103,6 +105,25 @@ def method_of(name: str, sizes: Sizes, base: TensorFormat, forecast: Forecast | 
 
 
 @dataclass(frozen=True)
+class _Encoding:
+    """(tensor, format) -> the tensor as the step quantise will store it."""
+
+    source: CheckpointIndex
+    ctx: StepContext
+    rounding: RoundingSpec
+    evidence: Evidence | None
+    seed: int
+
+    def __call__(self, name: str, fmt: TensorFormat) -> EncodedTensor:
+        weight = read_tensor(self.source, name)
+        sums = self.evidence.rows(name) if self.evidence else None
+        rows = matrix_shape(tuple(weight.shape))[0]
+        sensitivity = Sensitivity.by_rows(None if sums is None else torch.from_numpy(sums), rows)
+        seed, on_device = derived_seed(self.seed, name), weight.to(self.ctx.device)
+        return round_tensor(on_device, fmt, self.rounding, sensitivity=sensitivity, seed=seed)
+
+
+@dataclass(frozen=True)
 class _Job:
     """One allocation: the checkpoint, what may be chosen, and what is known about it."""
 
@@ -114,8 +135,7 @@ class _Job:
     method: Method
     is_fisher: bool
     calibration: dict[str, Any]
-    rounding: RoundingSpec
-    seed: int
+    encoding: _Encoding
     unmatched: tuple[str, ...]
 
     @classmethod
@@ -126,9 +146,10 @@ class _Job:
         base, spec = parse(params["format"]), AllocationSpec.model_validate(params["allocation"])
         overrides = [Override.model_validate(one) for one in params["overrides"]]
         space = build_space(source, base, spec, overrides, params["groups"])
-        sizes, forecast = Sizes(source, space, Resolved(source, ctx.device, ctx.check)), None
-        if calibrated:
-            evidence = read_evidence(ctx, calibrated[0], space)
+        evidence = read_evidence(ctx, calibrated[0], space) if calibrated else None
+        encoding = _Encoding(source, ctx, RoundingSpec.model_validate(params["rounding"]), evidence, request.seed)
+        sizes, forecast = Sizes(source, space, Resolved(source, ctx.device, ctx.check, encoding)), None
+        if evidence is not None:
             forecast = Forecast(source, evidence, ctx.device, _ticker(ctx.within(0.0, 0.5), space))
         return cls(
             ctx=ctx,
@@ -139,8 +160,7 @@ class _Job:
             method=method_of(spec.name, sizes, base, forecast),
             is_fisher=spec.name == "fisher",
             calibration=params["calibration"] or {},
-            rounding=RoundingSpec.model_validate(params["rounding"]),
-            seed=request.seed,
+            encoding=encoding,
             unmatched=tuple(one.match for one in overrides if not any(fnmatchcase(n, one.match) for n in source.names)),
         )
 
@@ -254,16 +274,9 @@ class _Measured:
     def _decoded(self, name: str, text: str) -> torch.Tensor:
         job = self._job
         job.ctx.check()
-        weight = read_tensor(job.source, name)
         if text == KEEP:
-            return weight
-        seed = derived_seed(job.seed, name)
-        sums = job.forecast.evidence.rows(name) if job.forecast else None
-        rows = matrix_shape(tuple(weight.shape))[0]
-        sensitivity = Sensitivity.by_rows(None if sums is None else torch.from_numpy(sums), rows)
-        on_device = weight.to(job.ctx.device)
-        encoded = round_tensor(on_device, parse(text), job.rounding, sensitivity=sensitivity, seed=seed)
-        return encoded.decode().to(weight.dtype)
+            return read_tensor(job.source, name)
+        return job.encoding(name, parse(text)).decode().to(TORCH_DTYPES[job.source.tensors[name].dtype])
 
 
 def _encoded(choice: Mapping[str, str]) -> dict[str, str]:

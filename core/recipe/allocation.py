@@ -5,11 +5,14 @@ The solvers are `core.allocation`; here are names, parameters, and the clamps th
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationInfo, model_validator
 
 from core.errors import InvalidRecipe
+from core.recipe.format_names import MAX_GRID_BITS
+from core.recipe.format_rules import least_grid_bits
 from core.recipe.part import Bits, NamedPart, listed, refuse
 from core.recipe.tensor_format import TensorFormat
 
@@ -46,9 +49,16 @@ def require_ordered(least: float | None, most: float | None, path: str, info: Va
 
 
 def widths_within(fmt: TensorFormat, least: float | None, most: float | None) -> tuple[float, ...]:
-    """The format's widths between the bounds, ascending; None is no bound. May be empty."""
-    low, high = least or 0.0, most or float("inf")
-    return tuple(bits for bits in fmt.allowed_widths() if low <= bits <= high)
+    """The format's widths between the bounds, ascending; None is no bound. May be empty.
+
+    A grid has every rate, so bounds are widths themselves.
+    """
+    widths = fmt.allowed_widths()
+    low, high = least or widths[0], widths[-1] if most in (None, math.inf) else most
+    if not fmt.is_grid:
+        return tuple(bits for bits in widths if low <= bits <= high)
+    low, high = max(low, least_grid_bits(fmt)), min(high, MAX_GRID_BITS)
+    return tuple(sorted({low, *(bits for bits in widths if low < bits < high), high})) if low <= high else ()
 
 
 def catalogue() -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from core.recipe.format_names import (
     ALIASES,
     BLOCK_FAMILY,
     FAMILIES,
-    LATER_FAMILIES,
-    LATER_OPTIONS,
     NUMBER,
     OPTIONS,
     SCALE_FORMATS,
@@ -21,7 +19,7 @@ from core.recipe.format_names import (
     split_option,
 )
 
-_PLAIN = "|".join(sorted({*FAMILIES, *LATER_FAMILIES} - {"t", "float", "power"}))
+_PLAIN = "|".join(sorted({*FAMILIES} - {"t", "float", "power"}))
 _BITS = r"[0-9]+(?:\.[0-9]+)?"
 _ELEMENT = re.compile(
     rf"(?:(?P<plain>{_PLAIN})|(?P<t>t)(?P<nu>{NUMBER})?_|(?P<power>power)(?:(?P<alpha>{NUMBER})_)?|(?P<float>float))"
@@ -112,18 +110,16 @@ def _optional_int(text: str | None) -> int | None:
 
 def _unknown_element(element: str, text: str) -> InvalidFormat:
     name = re.match(r"[a-z]*", element.lower())
-    known = (*FAMILIES, *LATER_FAMILIES)
     if "@" not in text and (alias := get_close_matches(text.lower(), [*ALIASES, *BLOCK_TYPES], 1)):
         return _invalid(f"no format {text!r}", text, f"did you mean {alias[0]}?")
-    if name and name[0] in known:
+    if name and name[0] in FAMILIES:
         return _invalid(f"{element!r} is not a family, bits and mode", text, _example(name[0]))
-    return _invalid(f"no element format {element!r}", text, nearest_name(name[0] if name else "", known))
+    return _invalid(f"no element format {element!r}", text, nearest_name(name[0] if name else "", FAMILIES))
 
 
 def _no_option(option: str, text: str) -> InvalidFormat:
     name = re.match(r"[a-z]*", option.lower())
-    known = (*OPTIONS, *LATER_OPTIONS)
-    return _invalid(f"no option {option!r}", text, nearest_name(name[0] if name else "", known) + "; outliers0.001")
+    return _invalid(f"no option {option!r}", text, nearest_name(name[0] if name else "", OPTIONS) + "; outliers0.001")
 
 
 def _example(family: str) -> str:

@@ -1,7 +1,4 @@
-"""The names of the grammar of tensor formats: families, statistics, scale formats, options, aliases.
-
-Names whose method is still missing are listed too (`LATER_*`), so that asking for one is answered with what there is.
-"""
+"""The names of the grammar of tensor formats: families, statistics, scale formats, options, aliases."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from core.formats.block_types import BLOCK_TYPES
 
 ROOT_DENSITIES = ("normal", "laplace", "t")
 CODEBOOKS = (*ROOT_DENSITIES, "nf", "sf", "af", "bof", "lloyd", "power")
-FAMILIES = ("int", "float", *CODEBOOKS)
-LATER_FAMILIES = ("grid",)
+GRID_FAMILY = "grid"
+FAMILIES = ("int", "float", *CODEBOOKS, GRID_FAMILY)
 BLOCK_FAMILY = "block"
 BLOCK_NAMES = tuple(BLOCK_TYPES)
 
@@ -20,12 +17,15 @@ STATISTICS = ("absmax", "signmax", "rms", "search", "signmax-search", "rms-searc
 E8M0_RULES = ("floor", "even", "ceil", "rceil", "midmax")
 SCALE_FORMATS = ("bf16", "fp16", "fp32", "e8m0", *(f"e8m0-{rule}" for rule in E8M0_RULES), "e4m3", "dq8")
 
+SCALE_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "e8m0": 8.0, "e4m3": 8.0, "dq8": 8.125}  # of long tensors
+
 OUTLIER_RULES = ("outliers", "threshold", "opq")
 ROTATIONS = ("hadamard", "rotate")
-OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased")
-LATER_OPTIONS = ("huffman", "rans")
+ENTROPY_CODES = ("rans", "huffman")
+OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased", *ENTROPY_CODES)
 
 MAX_BITS = 16
+MAX_GRID_BITS = 10  # more would need more symbols than a model may have
 
 # What stands for a format of the grammar: the value set of a block type of the same name, in our own layout.
 ALIASES = {
@@ -45,10 +45,9 @@ ALIASES = {
 }
 
 NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
-_RULES = "|".join(OUTLIER_RULES)
-_OPTION = re.compile(
-    rf"({_RULES})({NUMBER})(?:x([0-9]{{1,15}}))?|({'|'.join((*ROTATIONS, 'unbiased', *LATER_OPTIONS))})"
-)
+_RULES, _CODES = "|".join(OUTLIER_RULES), "|".join(ENTROPY_CODES)
+_FOUND = r"(?:x([0-9]{1,15}))?"
+_OPTION = re.compile(rf"({_RULES})({NUMBER}){_FOUND}|({_CODES}){_FOUND}|({'|'.join((*ROTATIONS, 'unbiased'))})")
 
 
 def number_text(value: float) -> str:
@@ -61,10 +60,11 @@ def split_option(text: str) -> tuple[str, float | None]:
     found = _OPTION.fullmatch(text)
     if not found:
         return "", None
-    return (found[1], float(found[2])) if found[1] else (found[4], None)
+    return (found[1], float(found[2])) if found[1] else (found[4] or found[6], None)
 
 
 def found_by(text: str) -> int | None:
-    """How many outliers a rule found in a tensor, where the option says so: `opq0.95x1234`."""
+    """What was found in a tensor, where the option says so: outliers `opq0.95x1234`, bytes of codes `ransx5678`."""
     found = _OPTION.fullmatch(text)
-    return int(found[3]) if found and found[3] else None
+    count = found and (found[3] or found[5])
+    return int(count) if count else None

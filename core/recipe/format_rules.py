@@ -6,20 +6,22 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from core.errors import InvalidFormat, MethodNotAvailable
+from core.errors import InvalidFormat
 from core.recipe.format_grammar import nearest_name
 from core.recipe.format_names import (
     BLOCK_FAMILY,
     BLOCK_NAMES,
+    ENTROPY_CODES,
     FAMILIES,
-    LATER_FAMILIES,
-    LATER_OPTIONS,
+    GRID_FAMILY,
     MAX_BITS,
+    MAX_GRID_BITS,
     NUMBER,
     OPTIONS,
     OUTLIER_RULES,
     ROOT_DENSITIES,
     ROTATIONS,
+    SCALE_BITS,
     SCALE_FORMATS,
     STATISTICS,
     found_by,
@@ -38,6 +40,7 @@ _MODES = {
     "bof": ("", "mae", "s", "s-mae"),
     "lloyd": ("", "weighted"),
     "power": ("", "power"),
+    GRID_FAMILY: ("",),
 }
 _SPELLINGS = {("bof", "mse"): "", ("bof", "s-mse"): "s"}
 _SF_MODE = re.compile(rf"nu({NUMBER})")
@@ -49,25 +52,26 @@ _WITH_EXPONENT = ("float", "int-mx")
 _LEAST_LEVELS = 4
 _MOST_SOLVED = 256
 _MOST_IN_BLOCK = 10**10
+_MOST_CODED = 4096
+_LEAST_GRID_BITS = 0.1
+_GRID_STATISTICS = ("rms", "absmax")
 
 
-def require_available(fmt: TensorFormat) -> None:
-    """MethodNotAvailable for a name of the grammar that has no method yet; InvalidFormat for no name at all."""
+def require_names(fmt: TensorFormat) -> None:
+    """InvalidFormat for a name that is not one of the grammar."""
     if fmt.family == BLOCK_FAMILY and fmt.mode in BLOCK_NAMES:
         if fmt.options:
             raise InvalidFormat(f"the block type {fmt.mode} takes no options", hint=fmt.mode)
         return
     wanted = [
-        (fmt.family, FAMILIES, LATER_FAMILIES, "format family"),
-        (fmt.statistic or "absmax", STATISTICS, (), "statistic"),
-        (fmt.scale_format or "bf16", SCALE_FORMATS, (), "scale format"),
-        *((split_option(option)[0] or option, OPTIONS, LATER_OPTIONS, "option") for option in fmt.options),
+        (fmt.family, FAMILIES, "format family"),
+        (fmt.statistic or "absmax", STATISTICS, "statistic"),
+        (fmt.scale_format or "bf16", SCALE_FORMATS, "scale format"),
+        *((split_option(option)[0] or option, OPTIONS, "option") for option in fmt.options),
     ]
-    for name, known, later, what in wanted:
-        if name in later:
-            raise MethodNotAvailable(f"the {what} {name} is not available yet", hint=f"available: {', '.join(known)}")
+    for name, known, what in wanted:
         if name not in known:
-            raise InvalidFormat(f"no {what} {name!r}", hint=nearest_name(name, (*known, *later)))
+            raise InvalidFormat(f"no {what} {name!r}", hint=nearest_name(name, known))
 
 
 def completed(fmt: TensorFormat) -> dict[str, Any]:
@@ -79,13 +83,24 @@ def completed(fmt: TensorFormat) -> dict[str, Any]:
     if found := _SF_MODE.fullmatch(mode):
         mode = "" if float(found[1]) == 5 else f"nu{number_text(float(found[1]))}"
     signed = fmt.family == "bof" and mode.startswith("s")
-    statistic = fmt.statistic or ("signmax" if signed else "absmax")
+    statistic = fmt.statistic or ("signmax" if signed else "rms" if fmt.is_grid else "absmax")
     statistic = "signmax-search" if signed and statistic == "search" else statistic
     is_odd_integer = fmt.family == "int" and fmt.codes % 2 == 1 and mode == "asym"
     if not mode or is_odd_integer:
         mode = _default_mode(fmt.family, fmt.codes, statistic)
     scale_format = _scale_format(fmt, mode, fmt.scale_format or "bf16")
     return {"mode": mode, "statistic": statistic, "scale_format": scale_format, "options": _options(fmt)}
+
+
+def scale_share(fmt: TensorFormat) -> float:
+    """Bits per weight of the scales of blocks of one size; 0 for scales of rows or a tensor."""
+    shared = fmt.granularity if isinstance(fmt.granularity, int) else math.inf
+    return SCALE_BITS[fmt.scale_format.partition("-")[0]] / shared
+
+
+def least_grid_bits(fmt: TensorFormat) -> float:
+    """The lowest rate of a grid: what its scales take, and a little for its codes."""
+    return _LEAST_GRID_BITS + scale_share(fmt)
 
 
 def mode_at(fmt: TensorFormat, bits: float) -> str:
@@ -109,12 +124,14 @@ def check(fmt: TensorFormat) -> None:
     _check_scale(fmt)
     _check_double(fmt)
     _check_options(fmt)
+    _check_code(fmt)
 
 
 def _options(fmt: TensorFormat) -> tuple[str, ...]:
     """Options in canonical spelling and order."""
     named = []
-    for option in fmt.options:
+    is_bare_grid = fmt.is_grid and fmt.entropy_code is None
+    for option in (*fmt.options, *ENTROPY_CODES[:1] * is_bare_grid):
         (name, value), count = split_option(option), found_by(option)
         text = name if value is None else f"{name}{number_text(value)}"
         named.append((OPTIONS.index(name), text if count is None else f"{text}x{count}"))
@@ -122,7 +139,9 @@ def _options(fmt: TensorFormat) -> tuple[str, ...]:
 
 
 def _check_numbers(fmt: TensorFormat) -> None:
-    if not 1 <= fmt.bits <= MAX_BITS:
+    if fmt.is_grid and not _LEAST_GRID_BITS <= fmt.bits <= MAX_GRID_BITS:
+        raise InvalidFormat(f"a grid of {fmt.bits:g} bits", hint=f"{_LEAST_GRID_BITS:g} to {MAX_GRID_BITS} bits")
+    if not fmt.is_grid and not 1 <= fmt.bits <= MAX_BITS:
         raise InvalidFormat(f"{fmt.bits:g} bits", hint=f"1 to {MAX_BITS} bits")
     if isinstance(fmt.granularity, int) and not 1 <= fmt.granularity < _MOST_IN_BLOCK:
         raise InvalidFormat(f"a block of {fmt.granularity} elements", hint="a block size from 1 to 9999999999")
@@ -210,7 +229,7 @@ def _check_table(fmt: TensorFormat) -> None:
         raise InvalidFormat("the optimal codebook has at least 4 codes", hint="2 bits or more")
     if fmt.family in ("lloyd", "power") and not 3 <= fmt.codes <= 4096:
         raise InvalidFormat(f"{fmt.family} has from 3 to 4096 codes", hint=f"{fmt.family}4@64")
-    if fmt.codes < _least_codes(fmt):
+    if not fmt.is_grid and fmt.codes < _least_codes(fmt):
         raise InvalidFormat(
             f"{fmt.element} under {fmt.statistic} needs at least 4 codes", hint="2 bits or more, or -sym"
         )
@@ -250,9 +269,29 @@ def _check_double(fmt: TensorFormat) -> None:
         raise InvalidFormat("dq8 scales need a table with a zero", hint="nf4@64:dq8, or bf16 scales")
 
 
+def _check_code(fmt: TensorFormat) -> None:
+    """What an entropy code and the grid, which is nothing without one, ask for."""
+    if fmt.entropy_code == "huffman" and not fmt.is_grid and fmt.codes > _MOST_CODED:
+        raise InvalidFormat(f"a Huffman code of {fmt.codes} codes", hint="at most 12 bits, or rans")
+    if not fmt.is_grid:
+        return
+    least = least_grid_bits(fmt)
+    if fmt.bits < least:
+        more = f"{math.ceil(100 * least) / 100:g} bits or more, or a larger block"
+        raise InvalidFormat(
+            f"a grid of {fmt.bits:g} bits, of which scales take {scale_share(fmt):g}",
+            hint=more if least <= MAX_GRID_BITS else "a larger block",
+        )
+    if fmt.statistic not in _GRID_STATISTICS:
+        raise InvalidFormat(f"a grid's step is solved for its rate, {fmt.statistic} does not apply", hint="rms, absmax")
+    if fmt.coded_bytes is not None:
+        raise InvalidFormat("the bytes of a grid follow from its bits", hint=f"+{fmt.entropy_code}")
+
+
 def _check_options(fmt: TensorFormat) -> None:
     names = [split_option(option)[0] for option in fmt.options]
-    for several, what in [(OUTLIER_RULES, "rule for outliers"), (ROTATIONS, "rotation")]:
+    exclusive = [(OUTLIER_RULES, "rule for outliers"), (ROTATIONS, "rotation"), (ENTROPY_CODES, "entropy code")]
+    for several, what in exclusive:
         if sum(name in several for name in names) > 1:
             raise InvalidFormat(f"more than one {what}", hint=" or ".join(several))
     if len(set(names)) < len(names):

@@ -19,9 +19,9 @@ def _canonical_format(text: str, info: ValidationInfo) -> str:
         fmt = parse(text)
     except (InvalidFormat, MethodNotAvailable) as error:
         refuse(type(error)(f"{text!r}: {error.detail}", where="format", hint=error.hint), info)
-    if fmt.outliers_found is not None:
+    if fmt.outliers_found is not None or fmt.coded_bytes is not None:
         hint = "leave out the x and what follows"
-        message = f"{text!r}: how many outliers a rule found stands in artefacts only"
+        message = f"{text!r}: what was found in a tensor stands in artefacts only"
         refuse(InvalidFormat(message, where="format", hint=hint), info)
     return str(fmt)
 

@@ -6,29 +6,34 @@
     statistic    = "absmax" | "signmax" | "rms", each also searched: "search", "signmax-search", "rms-search";
                    "fouroversix"
     scale_format = "bf16" | "fp16" | "fp32" | "e8m0" [ "-" rule ] | "e4m3" | "dq8"
-    option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "hadamard" | "rotate" | "unbiased"
-                   (in artefacts, the number of outliers that was found stands behind the rule: "opq0.95x1234")
+    option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "hadamard" | "rotate" | "unbiased" |
+                   "rans" | "huffman"
+                   (in artefacts, what was found stands behind the option: outliers "opq0.95x1234", coded bytes
+                   "ransx5678")
 
-`t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits, exponent), `lloyd4` its whole codebook: that is
-fitted to each tensor. A `TensorFormat` that exists can be encoded: impossible combinations are refused when it is made
-(`core.recipe.format_rules`), with the reason and the nearest format that works. Every format has one canonical text,
-and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes: `core.tensors`.
+`grid3` is a uniform grid whose codes are entropy coded (by rans where nothing is said) and whose step is solved so that
+all that is stored takes 3 bits per weight. `t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits,
+exponent), `lloyd4` its whole codebook: that is fitted to each tensor. A `TensorFormat` that exists can be encoded:
+impossible combinations are refused when it is made (`core.recipe.format_rules`), with the reason and the nearest format
+that works. Every format has one canonical text, and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes:
+`core.tensors`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from core.errors import InvalidFormat, MethodNotAvailable
+from core.errors import InvalidFormat
 from core.recipe import format_grammar, format_rules
 from core.recipe.format_names import (
     ALIASES,
     BLOCK_FAMILY,
     CODEBOOKS,
+    ENTROPY_CODES,
     FAMILIES,
-    LATER_FAMILIES,
-    LATER_OPTIONS,
+    GRID_FAMILY,
     MAX_BITS,
     OUTLIER_RULES,
     ROOT_DENSITIES,
@@ -44,9 +49,9 @@ __all__ = [
     "ALIASES",
     "BLOCK_FAMILY",
     "CODEBOOKS",
+    "ENTROPY_CODES",
     "FAMILIES",
-    "LATER_FAMILIES",
-    "LATER_OPTIONS",
+    "GRID_FAMILY",
     "MAX_BITS",
     "ROOT_DENSITIES",
     "SCALE_FORMATS",
@@ -61,13 +66,14 @@ __all__ = [
 class TensorFormat:
     """Element format + granularity + statistic + scale format + options.
 
-    `bits`: log2 of the number of codes, may be fractional: `codes = round(2**bits)`. `mode`: "" asks for the family's
+    `bits`: log2 of the number of codes, may be fractional: `codes = round(2**bits)`; of a grid, all bits that a weight
+    is stored in. `mode`: "" asks for the family's
     default, which then stands here: int asym, root-density codebooks asym under absmax and sym under rms, sym for an
     odd number of codes (optimal formats, section 3, rule 7), none ("") under signmax and for the other families. `nu`:
     degrees of freedom of t, None when fitted. `alpha`: exponent of power, None when fitted. `exponent_bits`,
     `mantissa_bits`: of float, with 1 + exponent + mantissa = bits, None when fitted. `granularity`: "tensor", "channel"
     (an output row) or a number of consecutive elements of a row. `options`: canonical texts in canonical order. Raises
-    InvalidFormat or MethodNotAvailable.
+    InvalidFormat.
     """
 
     family: str
@@ -84,7 +90,7 @@ class TensorFormat:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", float(self.bits))
-        format_rules.require_available(self)
+        format_rules.require_names(self)
         for name, value in format_rules.completed(self).items():
             object.__setattr__(self, name, value)
         format_rules.check(self)
@@ -96,7 +102,9 @@ class TensorFormat:
 
     @property
     def element_bits(self) -> float:
-        """log2 of the number of codes; of a block type, its stored bits per element."""
+        """log2 of the number of codes; of a block type, its stored bits; of a grid, those that its scales leave."""
+        if self.is_grid:
+            return self.bits - format_rules.scale_share(self)
         return self.bits if self.is_block_type else math.log2(self.codes)
 
     @property
@@ -113,6 +121,30 @@ class TensorFormat:
     def is_block_type(self) -> bool:
         """Whether the format is a container of its own, such as `q4_k`, whose name is its mode."""
         return self.family == BLOCK_FAMILY
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether values are all multiples of a step, and `bits` the rate that is stored."""
+        return self.family == GRID_FAMILY
+
+    @property
+    def entropy_code(self) -> str | None:
+        """rans, huffman, or None for codes of a fixed length."""
+        return next((name for name in self._names if name in ENTROPY_CODES), None)
+
+    @property
+    def coded_bytes(self) -> int | None:
+        """How many bytes the entropy-coded codes of one tensor take, where its format says so."""
+        return self._found(ENTROPY_CODES)
+
+    def with_coded_bytes(self, count: int) -> TensorFormat:
+        """The format of a tensor whose codes take so many bytes; the same where nothing has to be found out."""
+        return self if self.is_grid else self._with_found(ENTROPY_CODES, count)
+
+    @property
+    def without_code(self) -> TensorFormat:
+        """The same with codes of a fixed length."""
+        return replace(self, options=tuple(one for one in self.options if split_option(one)[0] not in ENTROPY_CODES))
 
     @property
     def table_size(self) -> int:
@@ -146,15 +178,37 @@ class TensorFormat:
     @property
     def outliers_found(self) -> int | None:
         """How many outliers a rule found whose number only the data tell; in the format of one tensor."""
-        return next((count for option in self.options if (count := found_by(option)) is not None), None)
+        return self._found(OUTLIER_RULES)
 
     def with_outliers_found(self, count: int) -> TensorFormat:
         """The format of a tensor in which the rule finds so many; the same where it gives the number itself."""
-        if (self.outlier_rule or ("outliers", 0.0))[0] == "outliers":
-            return self
-        rules = [option for option in self.options if split_option(option)[0] in OUTLIER_RULES]
-        others = [option for option in self.options if option not in rules]
-        return replace(self, options=(f"{rules[0].partition('x')[0]}x{count}", *others))
+        given = (self.outlier_rule or ("outliers", 0.0))[0] == "outliers"
+        return self if given else self._with_found(OUTLIER_RULES, count)
+
+    @property
+    def kind(self) -> str:
+        """The text without what each tensor has of its own: numbers that were found, and the rate of a grid."""
+        if self.is_block_type:
+            return str(self)
+        options = (f"+{option.partition('x')[0]}" for option in self.options)
+        element = self.family if self.is_grid else self.element
+        return f"{element}@{self.granularity}:{self.statistic}:{self.scale_format}{''.join(options)}"
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(split_option(option)[0] for option in self.options)
+
+    def _found(self, names: tuple[str, ...]) -> int | None:
+        """What stands behind the option of one of these names."""
+        return next((found_by(option) for option in self.options if split_option(option)[0] in names), None)
+
+    def _with_found(self, names: tuple[str, ...], count: int) -> TensorFormat:
+        """The format with a number behind the option of one of these names."""
+        options = [
+            f"{option.partition('x')[0]}x{count}" if split_option(option)[0] in names else option
+            for option in self.options
+        ]
+        return replace(self, options=tuple(options))
 
     @property
     def rotation(self) -> str | None:
@@ -218,26 +272,38 @@ class TensorFormat:
         Integers of 2 to 8 bits for int (3 for mx), every mantissa from 0 up to 8 bits for float. Codebooks: 2 (3 under
         absmax, where clipped block maxima make 2 bits useless) to 8 bits in steps of about a half below 7 bits; the
         half steps have 3 * 2^k codes, an even number (odd ones lose the zero code or waste one) that packs with little
-        loss. A block type has its own.
+        loss. Grids: 1 to 8 bits in half steps, between which all rates exist. A block type has its own.
         """
         if self.is_block_type or self.statistic == "fouroversix":
             return (self.bits,)
+        if self.is_grid:
+            least = format_rules.least_grid_bits(self)
+            return tuple(half / 2 for half in range(2, 17) if half / 2 >= least) or (self.bits,)
         if self.family == "int":
             return tuple(float(bits) for bits in range(3 if self.mode == "mx" else 2, 9))
         if self.family == "float":
             least = max(3, 1 + (self.exponent_bits or 0)) + (self.mode == "ieee")
             return tuple(float(bits) for bits in range(least, 9)) or (self.bits,)
         least = 3 if self.base_statistic == "absmax" else 2
-        halves = [_half_step(bits) for bits in range(least, 7)]
-        return tuple(sorted([*map(float, range(least, 9)), *halves]))
+        widths = sorted([*map(float, range(least, 9)), *(_half_step(bits) for bits in range(least, 7))])
+        return tuple(bits for bits in widths if self._has_width(bits)) or (self.bits,)
+
+    def _has_width(self, bits: float) -> bool:
+        """Whether the same kind of format exists in that width."""
+        try:
+            self.with_bits(bits)
+        except InvalidFormat:
+            return False
+        return True
 
 
+@lru_cache(maxsize=1 << 14)
 def parse(text: str) -> TensorFormat:
     """The format of a text or alias. InvalidFormat says what is wrong and names the nearest thing that works."""
     fields = format_grammar.fields(text)
     try:
         return TensorFormat(**fields)
-    except (InvalidFormat, MethodNotAvailable) as error:
+    except InvalidFormat as error:
         raise error.at(text) from None
 
 

@@ -156,4 +156,5 @@ def _smallest_format(recipe: Recipe, override: Override | None) -> TensorFormat:
 
 
 def _stored_bytes(fmt: TensorFormat, shape: tuple[int, ...]) -> int:
-    return sum(math.prod(part) * DTYPE_BITS[dtype] // 8 for dtype, part in stored_parts(fmt, shape, 0).values())
+    """At the least: what only the data tell is taken for nothing."""
+    return sum(math.prod(part) * DTYPE_BITS[dtype] // 8 for dtype, part in stored_parts(fmt, shape, 0, 0).values())

@@ -23,7 +23,9 @@ from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.coded import CodedCodes, decode_tile
 from core.tensors.dtypes import TORCH_DTYPES
+from core.tensors.grid import grid_values
 from core.tensors.kernels import cpu, cpu_packing, gpu
 from core.tensors.packing import unpack_planes
 from core.tensors.scale_formats import decoded_scales, undo_double
@@ -53,8 +55,8 @@ class EncodedTensor:
         cls, fmt: TensorFormat, shape: tuple[int, ...], dtype: str, parts: Mapping[str, torch.Tensor]
     ) -> EncodedTensor:
         """The tensor that `parts` came from; InvalidCheckpoint when a part is missing or has another shape."""
-        values = parts.get("outlier_values")
-        planned = stored_parts(fmt, shape, None if values is None else values.numel())
+        sizes = (parts[name].numel() if name in parts else 0 for name in ("outlier_values", "codes"))
+        planned = stored_parts(fmt, shape, *sizes)
         for name, (kind, size) in planned.items():
             found = parts.get(name)
             if found is None or found.dtype != TORCH_DTYPES[kind] or tuple(found.shape) != size:
@@ -67,8 +69,15 @@ class EncodedTensor:
 
     @property
     def codes(self) -> torch.Tensor:
-        """uint8, packed."""
+        """uint8: packed, or entropy coded."""
         return self.stored["codes"]
+
+    @cached_property
+    def coded(self) -> CodedCodes | None:
+        """The codes of a format with an entropy code."""
+        if self.format.entropy_code is None:
+            return None
+        return CodedCodes(self.codes, self.format.entropy_code, self.shape, is_signed=self.format.is_grid)
 
     @property
     def scales(self) -> torch.Tensor:
@@ -136,16 +145,26 @@ class EncodedTensor:
 
     def _dense(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         """All elements, flat, before rotation and outliers."""
-        found = gpu.decode(self, dtype) if self.codes.device.type == "cuda" else None
+        is_plain_on_gpu = self.codes.device.type == "cuda" and self.coded is None
+        found = gpu.decode(self, dtype) if is_plain_on_gpu else None
         if found is not None:
             return found
         flat = torch.empty(self.elements, dtype=dtype, device=self.codes.device) if out is None else out
+        if self.coded is not None:
+            return self._decoded_tiles(self.coded, flat)
         grid = self.grid
         over = cpu.over_pieces if self._has_kernel else map
         work = over(
             lambda piece: self._decode_into(flat[piece.start : piece.stop], grid, piece), grid.pieces(self.group)
         )
         list(work)
+        return flat
+
+    def _decoded_tiles(self, coded: CodedCodes, flat: torch.Tensor) -> torch.Tensor:
+        """Tile by tile, so that only as many codes as are being worked on take memory."""
+        table, scales, grid = self.table, self.scale_values, self.grid
+        tiles = coded.tiles(at_once=flat.device.type == "cuda")  # there a tile would be the work of a few warps
+        cpu.over_pieces(lambda tile: decode_tile(coded, tile, table, scales, grid, flat), tiles)
         return flat
 
     def decoded_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -164,7 +183,7 @@ class EncodedTensor:
     @property
     def group(self) -> int:
         """Codes that are packed together: pieces begin at multiples of this."""
-        return 1 if self.format.is_block_type else group_of(self.format.codes)
+        return 1 if self.format.is_block_type or self.format.entropy_code else group_of(self.format.codes)
 
     def decode_piece(self, grid: BlockGrid, piece: Piece) -> torch.Tensor:
         """The flat elements of a piece, fp32, before rotation and outliers."""
@@ -192,7 +211,14 @@ class EncodedTensor:
             rotation.RandomRotation.of(int(self.stored["seed"]), self.shape).restore_(matrix)
         return flat
 
+    def all_codes(self) -> torch.Tensor:
+        """The stored code of every element, flat."""
+        pieces = [self._piece_codes(piece) for piece in self.grid.pieces(self.group)]
+        return torch.cat(pieces or [self.codes[:0]])
+
     def _piece_codes(self, piece: Piece) -> torch.Tensor:
+        if self.coded is not None:
+            return self.coded.indices[piece.start : piece.stop].to(self.codes.device)
         count, radix = piece.stop - piece.start, self.format.codes
         places = plane_places(radix, self.elements, piece.start)
         sizes = [plane.nbytes(count) for plane in planes(radix)]
@@ -203,7 +229,9 @@ class EncodedTensor:
 
     @property
     def _has_kernel(self) -> bool:
-        return self.codes.device.type == "cpu" and self.format.codes <= _KERNEL_CODES
+        if self.coded is None:
+            return self.codes.device.type == "cpu" and self.format.codes <= _KERNEL_CODES
+        return self.codes.device.type == "cpu" and self.coded.is_byte and self.table.numel() <= _KERNEL_CODES
 
     def _values(self, codes: torch.Tensor) -> torch.Tensor:
         """Table values of codes, fp32; codes beyond the table take its last value (hostile bytes cannot read there)."""
@@ -214,6 +242,8 @@ class EncodedTensor:
         """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number."""
         if self.codebook is not None:
             return self.codebook
+        if self.coded is not None and self.format.is_grid:
+            return grid_values(self.stored["step"], self.stored["centroids"], *self.coded.limits)
         if self.format.family == "int":
             levels = torch.arange(self.format.codes, dtype=torch.float32, device=self.codes.device)
             return (levels + integer.lowest(self.format.mode, self.format.codes)) * integer.step(

@@ -15,19 +15,28 @@ from math import prod
 
 import torch
 
-from core.errors import InvalidFormat, NonFiniteWeights
+from core.errors import BitmillError, InvalidFormat, NonFiniteWeights
 from core.formats.elements import element_table, is_open, shared_weights
-from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places, scale_shape
+from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places, scale_shape, stored_parts
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
+from core.tensors.coded import HEAD_BYTES, as_part, shortest_form
 from core.tensors.dtypes import FLOATING, SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor, scales_like
 from core.tensors.errors import relative_rms_error
 from core.tensors.fitted import fitted_table
+from core.tensors.grid import GridEncoder
 from core.tensors.passes import passes_for, require_finite
-from core.tensors.scale_formats import decoded_scales, double_quantised, require_fp16, stored_scales, tensor_scale
+from core.tensors.scale_formats import (
+    decoded_scales,
+    double_quantised,
+    require_fp16,
+    stored_scales,
+    tensor_scale,
+    undo_double,
+)
 from core.tensors.scales import sum_of_squares
 from core.tensors.search import best_scales
 from core.tensors.unbiased import unbiased
@@ -54,9 +63,24 @@ def encode_nearest(
     if fmt.is_block_type:
         return _as_blocks(weight, fmt, dtype)
     flat, extra = _prepared(weight.reshape(-1), fmt, shape, seed)
-    encoder = _Encoder(flat, fmt, shape, row_weights)
-    encoded = EncodedTensor(fmt, shape, dtype, encoder.parts() | extra)
-    return unbiased(encoded, flat) if fmt.is_unbiased else encoded
+    plain = fmt if fmt.is_grid else fmt.without_code
+    count = extra["outlier_values"].numel() if fmt.outlier_rule else None
+    parts = _Encoder(flat, plain, shape, row_weights, count).parts()
+    encoded = EncodedTensor(plain, shape, dtype, parts | extra)
+    encoded = unbiased(encoded, flat) if fmt.is_unbiased else encoded
+    return encoded if plain == fmt else _entropy_coded(encoded, fmt)
+
+
+def _entropy_coded(encoded: EncodedTensor, fmt: TensorFormat) -> EncodedTensor:
+    """The same codes in the format's entropy code; BitmillError where they take more than the format says."""
+    matrix = encoded.all_codes().cpu().numpy().reshape(matrix_shape(encoded.shape))
+    data = shortest_form(matrix, fmt.entropy_code or "")[1]
+    if fmt.coded_bytes is not None and data.size + HEAD_BYTES > fmt.coded_bytes:
+        raise BitmillError(
+            f"its codes take {data.size + HEAD_BYTES} bytes where {fmt.coded_bytes} are planned", where=str(fmt)
+        )
+    part = as_part(data, fmt.coded_bytes).to(encoded.codes.device)
+    return EncodedTensor(fmt, encoded.shape, encoded.dtype, dict(encoded.stored) | {"codes": part})
 
 
 def _as_blocks(weight: torch.Tensor, fmt: TensorFormat, dtype: str) -> EncodedTensor:
@@ -109,9 +133,14 @@ class _Encoder:
     """One tensor being encoded."""
 
     def __init__(
-        self, flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], row_weights: torch.Tensor | None
+        self,
+        flat: torch.Tensor,
+        fmt: TensorFormat,
+        shape: tuple[int, ...],
+        row_weights: torch.Tensor | None,
+        outlier_count: int | None,
     ) -> None:
-        self.flat, self.fmt, self.shape = flat, fmt, shape
+        self.flat, self.fmt, self.shape, self.outlier_count = flat, fmt, shape, outlier_count
         self.grid, self.passes = BlockGrid.of(fmt, shape), passes_for(flat, fmt, shape)
         self.table = element_table(fmt, shared_weights(fmt, shape))
         self.fitted: float | None = None
@@ -123,7 +152,7 @@ class _Encoder:
     def parts(self) -> Parts:
         """What is stored of the dense tensor."""
         device = self.flat.device
-        made = self._coded()
+        made = self._on_grid() if self.fmt.is_grid else self._coded()
         if self.fmt.is_codebook:
             made["codebook"] = torch.tensor(self.table.values, dtype=torch.float32, device=device)
         if self.fitted is not None:
@@ -137,6 +166,19 @@ class _Encoder:
             return {"codes": found.codes, "scales": scales_like(self.fmt, self.shape, found.scales)}
         stored, factors = self._scales(searched=self.fmt.is_searched)
         return {"codes": self._codes(factors), **stored}
+
+    def _on_grid(self) -> Parts:
+        """Codes, scales and what a grid needs to be decoded, in exactly as many bytes as the format plans."""
+        stored, factors = self._scales(searched=False)
+        factors = undo_double(stored) if self.fmt.scale_format == "dq8" else factors
+        code, device = self.fmt.entropy_code or "", self.flat.device
+        room = stored_parts(self.fmt, self.shape, self.outlier_count)["codes"][1][0]
+        found = GridEncoder(self.flat, matrix_shape(self.shape), self.grid, factors, code).solved(room)
+        return stored | {
+            "codes": as_part(found.data, room).to(device),
+            "step": torch.tensor([found.step], dtype=torch.float32, device=device),
+            "centroids": found.centroids.to(device),
+        }
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Which blocks, and their elements, (blocks, width); the short blocks that rows end in on their own."""

@@ -36,6 +36,7 @@ from core.recipe.override import Override
 from core.recipe.recipe import Gate, Recipe, load_recipe
 from core.recipe.target import Target
 from core.recipe.tensor_format import parse
+from core.tensors.coded import HEAD_BYTES
 from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.nearest import encode_nearest
@@ -205,13 +206,7 @@ def test_recipes_in_the_documentation_can_be_carried_out(page: Path) -> None:
 
 def test_the_names_that_are_not_available_are_owned_up_to() -> None:
     later = {*AllocationSpec.LATER, *exports.LATER, *rounding.RoundingSpec.LATER}
-    later |= {*tensor_format.LATER_FAMILIES}
     assert later - named_in("README.md") == set()
-
-
-def test_the_names_of_formats_that_are_not_available_are_owned_up_to() -> None:
-    later = {*tensor_format.LATER_FAMILIES, *(f"+{name}" for name in tensor_format.LATER_OPTIONS)}
-    assert later - named_in("docs/formats.md") == set()
 
 
 def test_every_family_statistic_scale_format_option_and_alias_is_in_formats() -> None:
@@ -247,7 +242,7 @@ def test_every_block_type_is_in_formats_with_its_size() -> None:
 def test_formats_have_the_canonical_texts_and_widths_that_are_shown(row: list[str]) -> None:
     written, canonical, codes, widths = row
     fmt = parse(written)
-    assert (str(fmt), fmt.codes) == (canonical, int(codes))
+    assert (str(fmt), "integers" if fmt.is_grid else str(fmt.codes)) == (canonical, codes)
     assert fmt.allowed_widths() == tuple(float(width) for width in widths.split(","))
 
 
@@ -328,6 +323,18 @@ READ_FORMATS = (
     "t5_4@tensor:rms+threshold1.5+hadamard",
     "int6@8+rotate",
     "float4_e2m1@4:e8m0+outliers0.1+rotate",
+    "grid4@tensor",
+    "grid2.3@channel:absmax:fp32",
+    "grid9@8:rms:e4m3+huffman",
+    "grid6@4:absmax:dq8+outliers0.1",
+    "grid8@tensor+opq0.95+rotate",
+    "int4@8:signmax+rans",
+    "int3.58-sym@channel:rms+huffman",
+    "t_4@tensor:rms-search+rans",
+    "lloyd4@tensor:rms+threshold2+hadamard+rans",
+    "nvfp4+huffman",
+    "float8_e4m3@channel+rans",
+    "nf4@8:search+unbiased+rans",
 )
 READ_SHAPES = ((3, 13), (5,), (2, 3, 8), (), (0, 4))
 ROTATED_SHAPES = ((130, 12), (96, 192))
@@ -335,9 +342,10 @@ TILE_SHAPES = ((3, 67), (5,))
 
 
 def read_back() -> Callable[[Path], dict[str, list[float]]]:
-    """The reader that artefact.md shows."""
+    """The reader that artefact.md shows, with the decoder of entropy.md."""
     names: dict[str, Any] = {}
-    exec("\n".join(fenced("docs/artefact.md", "python", "reader")), names)
+    pieces = fenced("docs/artefact.md", "python", "reader") + fenced("docs/entropy.md", "python", "decoder")
+    exec("\n".join(pieces), names)
     found: Callable[[Path], dict[str, list[float]]] = names["decode"]
     return found
 
@@ -378,6 +386,17 @@ def drawn(shape: tuple[int, ...], formats: Iterable[str]) -> dict[str, EncodedTe
 def test_the_reader_on_the_page_decodes_every_kind_of_format(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     expected = written(path, drawn(shape, READ_FORMATS))
+    assert read_back()(path) == expected
+
+
+def test_the_reader_on_the_page_decodes_one_model_classes_of_rows_and_classes_of_columns(tmp_path: Path) -> None:
+    """The second bytes of the three are those that entropy.md gives them."""
+    path, spread = tmp_path / "model.safetensors", torch.linspace(-1, 1, 64).exp()
+    normal = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weights = {"same": normal, "rows": normal * spread[:, None], "columns": normal * spread}
+    encoded = {which: encode_nearest(weight, parse("grid3@tensor")) for which, weight in weights.items()}
+    expected = written(path, encoded)
+    assert [int(tensor.codes[HEAD_BYTES + 1]) for tensor in encoded.values()] == [2, 3, 4]
     assert read_back()(path) == expected
 
 

@@ -91,7 +91,7 @@ def test_a_reader_written_from_the_documentation_agrees(name: str) -> None:
 
 def test_a_matrix_says_how_its_columns_are_grouped() -> None:
     data = encode_matrix(np.zeros((5, 6), np.int8), width=2).tobytes()
-    assert data[:3] == bytes([1, 1, 2])
+    assert data[:3] == bytes([1, 4, 2])
     assert Documented(data[4 : 4 + data[3]]).numbers() == [0, 0, 0]
     at = (4 + data[3] + 3) // 4 * 4
     assert int.from_bytes(data[at : at + 4], "little") == xxh32(data[:at], 0)

@@ -7,8 +7,8 @@ written to the output before is no result. Numbers decoded are those that were e
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ def decode(data: Bytes | bytes, count: int, dtype: DType = np.int32, threads: in
 
 
 @dataclass(eq=False)
-class _Stream:
+class Stream:
     """A stream that is being decoded."""
 
     place: Place
@@ -101,7 +101,7 @@ class CodedSequence:
         elif self.plain is not None:
             self.plain.read_into(out, start)
         elif out.size:
-            self._check_fit(out)
+            self.check_fit(out)
             first, last = bisect_right(self.firsts, start) - 1, bisect_right(self.firsts, start + out.size - 1)
             works = [self._work(part, out, start) for part in self._batches(first, last)]
             if threads > 1 and len(works) > 1:
@@ -110,6 +110,32 @@ class CodedSequence:
             else:
                 for work in works:
                     work()
+
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest number that models, escaped values or another kind's bytes can give."""
+        if self.constant is not None:
+            return self.constant, self.constant
+        if self.plain is not None:
+            return self.plain.low, self.plain.low + (1 << self.plain.width) - 1
+        ends = [end for model in self.models for end in (model.low, model.high)]
+        for place in self.places:
+            values = self.data[place.escapes : place.words].view(self.escape_dtype)
+            ends += [int(values.min()), int(values.max())] if values.size else []
+        return min(ends), max(ends)
+
+    def runs_of(self, most: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of runs of whole streams, of about `most` numbers, that together are the sequence."""
+        if not self.places:
+            yield from ((start, min(start + most, self.count)) for start in range(0, self.count, most))
+            return
+        streams = max(1, most >> self.plan.stream_bits)
+        for first in range(0, len(self.firsts), streams):
+            beyond = first + streams
+            yield self.firsts[first], self.firsts[beyond] if beyond < len(self.firsts) else self.count
+
+    def streams_between(self, start: int, stop: int) -> range:
+        """The streams that hold the numbers `start` to `stop` - 1."""
+        return range(bisect_right(self.firsts, start) - 1, bisect_left(self.firsts, stop))
 
     def _check_seal(self, stop: int) -> None:
         if stop + layout.CHECKSUM_BYTES != self.data.size:
@@ -123,7 +149,8 @@ class CodedSequence:
             raise InvalidCheckpoint(f"{value} does not fit {out.dtype}")
         out[:] = value
 
-    def _check_fit(self, out: Numbers) -> None:
+    def check_fit(self, out: Numbers) -> None:
+        """InvalidCheckpoint where a model has numbers that the dtype of `out` cannot hold."""
         limits = np.iinfo(out.dtype)
         for model in self.models:
             if model.low < limits.min or model.high > limits.max or model.size > 1 << limits.bits:
@@ -168,7 +195,7 @@ class CodedSequence:
 
     def _decode(self, numbers: range, out: Numbers) -> None:
         """Streams that follow each other, into all of `out`."""
-        streams = [self._opened(number) for number in numbers]
+        streams = [self.opened(number) for number in numbers]
         first = streams[0].first
         marks = [0] * len(streams)
         for part in zip(*(stream.runs for stream in streams), strict=True):
@@ -179,16 +206,17 @@ class CodedSequence:
             if stream.at != stream.place.stop or found != stream.place.escaped or (stream.states != _END).any():
                 raise InvalidCheckpoint("entropy-coded data are damaged: a stream does not end where it should")
 
-    def _opened(self, number: int) -> _Stream:
+    def opened(self, number: int) -> Stream:
+        """A stream at its start, its checksum and states verified."""
         place = self.places[number]
         if layout.checksum(self.data[place.states : place.end], self.seed) != place.checksum:
             raise InvalidCheckpoint(f"entropy-coded data are damaged: the checksum of stream {number} differs")
         states = self.data[place.states : place.escapes].view("<u4").astype(np.uint32)
         if states.min() < _END:
             raise InvalidCheckpoint(f"entropy-coded data: a state of stream {number} is too small")
-        return _Stream(place, self.runs[number], states, place.words)
+        return Stream(place, self.runs[number], states, place.words)
 
-    def _decode_runs(self, streams: Sequence[_Stream], runs: Sequence[Run], out: Numbers, first: int) -> None:
+    def _decode_runs(self, streams: Sequence[Stream], runs: Sequence[Run], out: Numbers, first: int) -> None:
         """One run of each stream, all alike; `first` is the number that out[0] is."""
         model, count = self.models[runs[0].model], runs[0].count
         dtype, low = model.tables.dtype, runs[0].first - first
@@ -202,7 +230,7 @@ class CodedSequence:
             np.copyto(target, symbols, casting="unsafe")
             target += np.array(model.low).astype(out.dtype)
 
-    def _steps(self, streams: Sequence[_Stream], model: SymbolModel, out: Numbers, count: int, added: int) -> None:
+    def _steps(self, streams: Sequence[Stream], model: SymbolModel, out: Numbers, count: int, added: int) -> None:
         """`count` numbers of each stream one after the other, by vectors as far as these go."""
         from core.tensors.entropy.loops_jit import decode_steps
 
@@ -214,9 +242,7 @@ class CodedSequence:
             if stream.at < 0:
                 raise InvalidCheckpoint("entropy-coded data are damaged: a stream ends early")
 
-    def _vector_steps(
-        self, streams: Sequence[_Stream], model: SymbolModel, out: Numbers, count: int, added: int
-    ) -> int:
+    def _vector_steps(self, streams: Sequence[Stream], model: SymbolModel, out: Numbers, count: int, added: int) -> int:
         """As many whole steps as there are, of one or four streams; how many numbers of each they gave."""
         from core.tensors.entropy import avx512_jit
 
@@ -230,7 +256,7 @@ class CodedSequence:
             stream.at, stream.states = at, low | (high << np.uint32(16))
         return steps * avx512_jit.LANES
 
-    def _escapes(self, stream: _Stream, run: Run, done: int, out: Numbers) -> int:
+    def _escapes(self, stream: Stream, run: Run, done: int, out: Numbers) -> int:
         """Puts the escaped values of a run in their places; how many there are."""
         model, place = self.models[run.model], stream.place
         if not model.has_escape:

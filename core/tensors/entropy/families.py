@@ -49,8 +49,20 @@ def parametric_model(family: str, std: float, nu: float = 5.0, weight: int = _WE
     """
     if not 0 < std < math.inf:
         raise InvalidFormat(f"a standard deviation of {std:g} steps")
-    numbers = np.arange(1 - MOST_SYMBOLS // 2, MOST_SYMBOLS // 2)
-    counts = np.rint(probabilities(family, std, numbers, nu) * weight).astype(np.int64)
-    counts[numbers == 0] = max(1, counts[numbers == 0][0])
+    one_side = _one_side(family, std, nu, weight)
+    counts = np.rint(one_side * weight).astype(np.int64)
+    counts = np.concatenate([counts[:0:-1], [max(1, counts[0])], counts[1:]])
+    numbers = np.arange(1 - one_side.size, one_side.size)
     rest = max(0, weight - int(counts.sum()))
     return model_of_counts(numbers[counts > 0], counts[counts > 0], rest)
+
+
+def _one_side(family: str, std: float, nu: float, weight: int) -> Doubles:
+    """P of 0, 1, ... up to where no number is counted, or no symbol can be.
+
+    Beyond x >= 2 standard deviations the families with light tails have less than exp(-x), which rounds to no number.
+    """
+    half = MOST_SYMBOLS // 2
+    farthest = half if family == "t" else min(half, math.ceil(math.log(max(2 * weight, 8)) * std) + 2)
+    tails = _upper_tail(family, (np.arange(farthest, dtype=np.float64) + 0.5) / std, nu)
+    return np.concatenate([1 - 2 * tails[:1], tails[:-1] - tails[1:]])

@@ -5,6 +5,7 @@
     u32 XXH32 of all of that
 
 Codes are canonical: shorter ones before longer ones, equal lengths in the order of the numbers, no longer than 15 bits.
+Where all numbers are the same (n = 1), the length is 0 and there are no codes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def huffman_encode(codes: Numbers) -> Bytes:
         raise InvalidFormat(f"{size} values in a Huffman code", hint=f"at most {MOST_SYMBOLS}")
     dense = np.zeros(size, np.int64)
     dense[values - low] = counts
-    lengths = code_lengths(dense)
+    lengths = code_lengths(dense) if size > 1 else np.zeros(1, np.int64)
     start = bytes([VERSION]) + layout.varint(flat.size) + layout.signed(low) + layout.varint(size) + _nibbles(lengths)
     out = np.zeros(-(-int(np.dot(dense, lengths)) // 8), np.uint8)
     encode_codes(flat, low, lengths, reversed_codes(lengths), out)
@@ -84,6 +85,10 @@ def huffman_decode(data: Bytes | bytes, count: int, dtype: DType = np.int32) -> 
         raise InvalidCheckpoint("Huffman-coded data are damaged: the checksum differs")
     packed = data[reader.at : reader.at + half]
     lengths = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:size].astype(np.int64)
+    if size == 1:
+        if lengths[0] or reader.at + half != stop:
+            raise InvalidCheckpoint("Huffman-coded data of one number that take bits")
+        return np.full(count, low, dtype)
     out, table = np.empty(count, dtype), lookup_table(lengths)
     used = decode_codes(data[reader.at + half : stop].copy(), table, low, out)
     if used < 0 or -(-used // 8) != stop - reader.at - half:

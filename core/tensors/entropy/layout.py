@@ -1,52 +1,17 @@
 """Version 1 of the bytes of an entropy-coded sequence: what stands where, and reading it without trusting it.
 
-Little endian. A *varint* has 7 bits a byte, the lowest first, bit 7 set in all bytes but the last; a signed one is
-written as 2z or -2z - 1. A sequence of N integers z is one of three kinds:
+docs/entropy.md documents the bytes; a decoder written from it alone is tested against this module. A sequence is
 
-    u8 version = 1, u8 kind, varint N, then
-    kind 0, constant:  signed varint z                                                       u32 checksum
-    kind 1, plain:     signed varint low, u8 width (1..32), z - low in `width` bits each     u32 checksum
-    kind 2, rANS:
-        u8 log2(lanes) + 8 * log2(symbols of a stream)     lanes 1..32, symbols 2^10..2^24
-        varint 2 * models + wide                           wide: escaped values have 4 bytes, otherwise 2
-        the models, each
-            varint 2 * n + escape                          n symbols (1..4096); escape: the last one stands for others
-            signed varint low                              symbol i is the number low + i
-            u8 P + 16 * kept                               frequencies add up to 2^P (10..15); significant bits kept
-            varint peak                                    the symbol whose frequency is what is left of 2^P
-            the other frequencies as bits, see below, filled up with zeros to a whole byte
-        with two models or more: varint segments, then for each varint model, varint numbers (> 0; together N)
-        zeros up to a multiple of 4
-        the directory, for each stream: u32 words, u32 checksum, and with an escape in any model u32 escaped values
-        the streams, each
-            lanes * u32 states, 2^16 or more
-            the escaped values, i16 or i32, in order
-            the words, u16
-            zeros up to a multiple of 4
+- constant: one integer, or none at all;
+- plain: integers in equally many bits each, above the least of them;
+- rANS: models, segments, a directory, and streams that can be decoded each alone.
 
-Checksums are XXH32: of all that stands before them, seed 0; in the directory of the bytes of the stream, seeded with
-the XXH32 (seed 0) of all that stands before the directory. So every byte counts, and one stream can be read alone.
+Every byte is under a checksum: that of a stream stands in the directory and is seeded with that of all before it.
 
-Frequencies are written in the order of the symbols. A gamma code of v > 0 is floor(log2 v) zeros, a one, then as many
-lower bits of v, the lowest first. Each frequency f has length l, the number of its bits (0 for f = 0); written is the
-gamma code of 1 + 2d or, for d < 0, of -2d, where d is l less the last length that was not 0 (1 at first). For l > 0
-there follow the min(kept, l) - 1 bits below f's leading one, the lowest first; f's bits below these are 0. For l = 0
-there follows the gamma code of the number of frequencies in a row that are 0, the peak passed over.
-
-Steps. Each segment is cut into steps of `lanes` numbers, the last step filled up with the peak of its model. The steps
-of all segments in turn are cut into streams of equally many; so stream i of a sequence with one model holds the numbers
-from i * symbols on. Number j of a step belongs to lane j. A model with at most 256 symbols that may occur has alias
-tables with 32, 64, 128 or 256 buckets, the fewest that hold n symbols (`tables_jit.alias_table`); a larger one has its
-symbols' slots one after the other. A step decodes, lane by lane in order:
-
-    slot = x mod 2^P, with its symbol and its rank among the slots of the symbol
-    x = f(symbol) * (x >> P) + rank, and if that is below 2^16: x = (x << 16) + next word
-
-After the last step all states are 2^16 and all words are used.
-
-Why these sizes: 32 lanes are one warp of a GPU or one vector of 16-bit halves; fewer are used below 2^18 numbers, where
-states of 3 bytes net each would be too much. A stream costs about 104 bytes net of what its states carry: the coder
-takes the shortest power of two that keeps them below 0.05 % of the code (2^20 at 2 bits, 2^19 at 4).
+Why these sizes: 32 lanes are one warp of a GPU, or two vectors of 512 bits with the low and the high halves of the
+states; fewer are used below 2^18 numbers, where states of 3 bytes net each would be too much. A stream costs about 104
+bytes net of what its states carry: the coder takes the shortest power of two that keeps them below 0.05 % of the code
+(2^20 at 2 bits, 2^19 at 4).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Matrices whose rows or columns have scales of their own: each group of them is coded by the model that suits it.
 
-    u8 version = 1, u8 axis (0 rows, 1 columns), varint width: rows or columns of a group, in order
+    u8 version = 1, u8 kind (3 by rows, 4 by columns), varint width: rows or columns of a group, in order
     varint bytes, then a sequence (`layout`): for each group the index of its model
     zeros up to a multiple of 4, and u32 XXH32 of all of that
     a sequence (`layout`): the numbers, one segment for each model, in the order of the models
 
-Under a model stand its groups in ascending order, and in a group its rows one after the other (axis 1: its columns).
+Under a model stand its groups in ascending order, and in a group its *lines*, rows or columns, one after the other.
 One histogram for all loses 0.05 bit a number where scales vary by a factor of e^0.2, 0.3 at e^0.6; classes of standard
 deviations 2^(k/8) lose less than 0.001 (entropy of discretised Normal variables, exact). Classes only sort the groups:
 the model of a class is then made of the numbers in it, or of the family where that is shorter.
@@ -13,6 +13,8 @@ the model of a class is then made of the numbers in it, or of the family where t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -27,10 +29,12 @@ from core.tensors.entropy.families import FAMILIES, parametric_model, probabilit
 from core.tensors.entropy.layout import Reader, Segment
 from core.tensors.entropy.loops_jit import Bytes, Longs, Numbers
 from core.tensors.entropy.models import SymbolModel, expected_bits
+from core.tensors.entropy.models_jit import model_bytes
 from core.tensors.entropy.windows import model_of_counts
 
 VERSION = 1
 ROWS, COLUMNS = 0, 1
+KINDS = {3: ROWS, 4: COLUMNS}  # of coded data: those of `layout` are sequences
 _CLASSES = range(-16, 57)  # k of the standard deviations 2^(k/8)
 _NEARBY = 512  # numbers farther out are taken for the farthest when classes are chosen
 _FLOOR = 2.0**-16  # of probabilities
@@ -40,43 +44,82 @@ Doubles = NDArray[np.float64]
 
 def encode_matrix(codes: Numbers, axis: int = COLUMNS, width: int = 1) -> Bytes:
     """Bytes of a matrix of integers; `width` neighbouring rows (axis 0) or columns (axis 1) share a model."""
-    turned = np.ascontiguousarray(codes.T if axis == COLUMNS else codes)
+    turned = _transposed(codes) if axis == COLUMNS else np.ascontiguousarray(codes)
     width = max(1, min(width, turned.shape[0]))
     groups = -(-turned.shape[0] // width)
     ids = _classes(turned, width, groups) if turned.size else np.zeros(groups, np.int64)
     ids = np.unique(ids, return_inverse=True)[1].reshape(-1)
     stored_ids = encode(ids).tobytes()
-    start = bytes([VERSION, axis]) + layout.varint(width) + layout.varint(len(stored_ids)) + stored_ids
+    kind = next(kind for kind, known in KINDS.items() if known == axis)
+    start = bytes([VERSION, kind]) + layout.varint(width) + layout.varint(len(stored_ids)) + stored_ids
     sealed = layout.sealed(start + bytes(-len(start) % 4))
     return np.concatenate([sealed, _coded(turned, ids, width)])
 
 
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix whose bytes have been looked through. Line l of the coded order is row or column order[l]."""
+
+    sequence: CodedSequence
+    axis: int
+    order: Longs
+    length: int
+
+    @classmethod
+    def parse(cls, data: Bytes | bytes, shape: tuple[int, int]) -> CodedMatrix:
+        """Looks through bytes that should hold a matrix of that shape; InvalidCheckpoint where they hold none."""
+        data = np.frombuffer(bytearray(data), np.uint8) if isinstance(data, bytes) else data
+        reader = Reader(data)
+        version, kind = reader.byte(), reader.byte()
+        if version != VERSION or kind not in KINDS:
+            raise InvalidCheckpoint(
+                f"a coded matrix of version {version}, kind {kind}", hint="written by a later version?"
+            )
+        axis = KINDS[kind]
+        lines, length = shape if axis == ROWS else shape[::-1]
+        width = reader.varint(max(lines, 1), "rows of a group")
+        if width == 0:
+            raise InvalidCheckpoint("a coded matrix with groups of no rows")
+        ids = _read_ids(reader, -(-lines // width))
+        sequence = CodedSequence.parse(data[reader.at :], lines * length)
+        if len(sequence.models) > 1 and list(sequence.plan.segments) != _segments(ids, width, lines, length):
+            raise InvalidCheckpoint("a coded matrix whose classes are not those of its numbers")
+        return cls(sequence, axis, _order(ids, width, lines), length)
+
+
 def decode_matrix(data: Bytes | bytes, shape: tuple[int, int], dtype: DType = np.int32, threads: int = 1) -> Numbers:
     """The matrix of that shape; InvalidCheckpoint where the bytes hold no such matrix."""
-    data = np.frombuffer(bytearray(data), np.uint8) if isinstance(data, bytes) else data
-    reader = Reader(data)
-    version, axis = reader.byte(), reader.byte()
-    if version != VERSION or axis not in {ROWS, COLUMNS}:
-        raise InvalidCheckpoint(f"a coded matrix of version {version}, axis {axis}", hint="written by a later version?")
-    lines, length = shape if axis == ROWS else shape[::-1]
-    width = reader.varint(max(lines, 1), "rows of a group")
-    if width == 0:
-        raise InvalidCheckpoint("a coded matrix with groups of no rows")
+    coded, decoded = CodedMatrix.parse(data, shape), np.empty(shape[0] * shape[1], dtype)
+    coded.sequence.decode(decoded, threads=threads)
+    turned = np.empty((coded.order.size, coded.length), dtype)
+    turned[coded.order] = decoded.reshape(turned.shape)
+    return turned if coded.axis == ROWS else _transposed(turned)
+
+
+def _transposed(matrix: Numbers) -> Numbers:
+    """The transposed matrix, contiguous."""
+    from core.tensors.entropy.tables_jit import transpose
+
+    if not matrix.flags.c_contiguous:
+        return np.ascontiguousarray(matrix.T)
+    turned = np.empty(matrix.shape[::-1], matrix.dtype)
+    transpose(matrix, turned)
+    return turned
+
+
+def _read_ids(reader: Reader, groups: int) -> Longs:
+    """The class of each group; the reader is then behind the checksum."""
+    data = reader.data
     size = reader.varint(data.size - reader.at, "length of the classes")
-    groups, begin = -(-lines // width), reader.at
+    begin = reader.at
     ids = decode_sequence(data[begin : begin + size].copy(), groups, np.int64).astype(np.int64)
     reader.at += size
     reader.align()
     at = reader.at + layout.CHECKSUM_BYTES
     if layout.checksum(data[: reader.at].copy()) != int.from_bytes(data[reader.at : at].tobytes(), "little"):
         raise InvalidCheckpoint("a coded matrix is damaged: the checksum of its classes differs")
-    sequence, decoded = CodedSequence.parse(data[at:], lines * length), np.empty(lines * length, dtype)
-    if len(sequence.models) > 1 and list(sequence.plan.segments) != _segments(ids, width, lines, length):
-        raise InvalidCheckpoint("a coded matrix whose classes are not those of its numbers")
-    sequence.decode(decoded, threads=threads)
-    turned = np.empty((lines, length), dtype)
-    turned[_order(ids, width, lines)] = decoded.reshape(lines, length)
-    return turned if axis == ROWS else np.ascontiguousarray(turned.T)
+    reader.at = at
+    return ids
 
 
 def _order(ids: Longs, width: int, lines: int) -> Longs:
@@ -120,34 +163,41 @@ def _model(codes: Numbers) -> SymbolModel:
 
 
 def _total_bits(model: SymbolModel, values: Longs, counts: Longs) -> float:
-    places = np.clip(values - model.low, -1, model.values)
-    inside = (places >= 0) & (places < model.values)
-    dense = np.bincount(places[inside], counts[inside], model.size)
-    outside = int(counts[~inside].sum())
+    """Bits of so many of each number, ascending, by a model, its own bytes counted."""
+    first, beyond = np.searchsorted(values, [model.low, model.high + 1])
+    dense = np.zeros(model.size, np.int64)
+    dense[values[first:beyond] - model.low] = counts[first:beyond]
+    outside = int(counts.sum() - counts[first:beyond].sum())
     if outside and not model.has_escape:
         return float("inf")
     dense[-1] += outside
-    return expected_bits(model, dense.astype(np.int64)) + 16 * outside + 8 * len(layout.model_bytes(model))
+    return expected_bits(model, dense) + 16 * outside + 8 * model_bytes(model.low, model.frequencies)
 
 
 def _classes(turned: Numbers, width: int, groups: int) -> Longs:
-    """The class of each group: the shortest code among standard deviations of one family, rarely used ones left out."""
-    near = np.clip(turned, -_NEARBY, _NEARBY).astype(np.int64)
-    reach = int(np.abs(near).max())
-    counts = np.zeros((groups, 2 * reach + 1))
-    for group in range(groups):
-        counts[group] = np.bincount(
-            (near[group * width : (group + 1) * width] + reach).reshape(-1), minlength=2 * reach + 1
-        )
-    numbers = np.arange(-reach, reach + 1)
-    rows = [_costs(family, k, numbers) for family, k in product(FAMILIES, _CLASSES)]
-    bits = (counts @ np.array(rows).T).reshape(groups, len(FAMILIES), len(_CLASSES))
+    """The class of each group: the shortest code among standard deviations of one family, rarely used ones left out.
+
+    They are taken about the commonest number, as the codes of most formats count from their lowest value.
+    """
+    from core.tensors.entropy.tables_jit import count_groups
+    from core.tensors.entropy.windows import counted
+
+    numbers, times = counted(turned.reshape(-1))
+    centre = int(numbers[times.argmax()])
+    reach = min(max(centre - int(turned.min()), int(turned.max()) - centre), _NEARBY)
+    counts = np.zeros((groups, reach + 1))
+    count_groups(turned, width, centre, reach, counts)
+    bits = (counts @ _costs()[:, : reach + 1].T).reshape(groups, len(FAMILIES), len(_CLASSES))
     best = int(bits.min(axis=2).sum(axis=0).argmin())
     return _pruned(bits[:, best])
 
 
-def _costs(family: str, k: int, numbers: Longs) -> Doubles:
-    return -np.log2(np.maximum(probabilities(family, 2 ** (k / 8), numbers), _FLOOR))
+@lru_cache(maxsize=1)
+def _costs() -> Doubles:
+    """Bits of the numbers from 0 to _NEARBY, and of their negatives, in each class of each family."""
+    numbers = np.arange(_NEARBY + 1)
+    rows = [probabilities(family, 2 ** (k / 8), numbers) for family, k in product(FAMILIES, _CLASSES)]
+    return np.asarray(-np.log2(np.maximum(rows, _FLOOR)))
 
 
 def _pruned(bits: Doubles) -> Longs:

@@ -6,8 +6,6 @@ two machines can disagree about them; logarithms and distribution functions only
 
 from __future__ import annotations
 
-import heapq
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InvalidCheckpoint
-from core.tensors.entropy import tables_jit
+from core.tensors.entropy import models_jit, tables_jit
 from core.tensors.entropy.loops_jit import Longs, Table16, Table32
 
 MOST_SYMBOLS = 4096
 MOST_BUCKETS = 256  # of alias tables
 PRECISIONS = (10, 15)
-CHOSEN_PRECISIONS = (12, 13, 14, 15)  # that the encoder tries
-_RENORMALISATION = 2e-4  # bits a symbol that states of 32 bits lose at precision 14; four times as much at 15
 Doubles = NDArray[np.float64]
 
 
@@ -74,12 +70,7 @@ class SymbolModel:
     @cached_property
     def kept(self) -> int:
         """Significant bits of the frequency, but the peak's, that has most of them; at least 1."""
-        others = np.delete(self.frequencies, self.peak)
-        others = others[others > 0]
-        if others.size == 0:
-            return 1
-        odd = others // (others & -others)
-        return int(odd.max()).bit_length()
+        return models_jit.kept_bits(self.frequencies, self.peak)
 
     @cached_property
     def costs(self) -> Doubles:
@@ -151,53 +142,13 @@ def normalised(counts: Longs, precision: int) -> Longs:
     Rounded down, then a unit at a time to where it gains most (or from where it loses least), then units moved while
     that gains: the cost is a sum of convex functions, so what no move improves is the optimum. Of equals the lowest.
     """
-    total, slots = int(counts.sum()), 1 << precision
-    frequencies = np.where(counts > 0, np.maximum(1, counts * slots // max(total, 1)), 0)
-    step = 1 if frequencies.sum() < slots else -1
-    current, weights = frequencies.tolist(), counts.tolist()
-
-    def cost(symbol: int) -> float:
-        now = current[symbol]
-        return weights[symbol] * math.log2(now / (now + step)) if now + step > 0 else math.inf
-
-    heap = [(cost(symbol), symbol) for symbol in np.flatnonzero(counts).tolist()]
-    heapq.heapify(heap)
-    for _ in range(abs(slots - int(frequencies.sum()))):
-        symbol = heap[0][1]
-        current[symbol] += step
-        heapq.heapreplace(heap, (cost(symbol), symbol))
-    return _exchanged(counts, np.array(current, np.int64))
-
-
-def _exchanged(counts: Longs, frequencies: Longs) -> Longs:
-    """Units moved from where they are missed least to where they gain most, while that is more."""
-    used = np.flatnonzero(counts)
-    weights, now = counts[used].astype(np.float64), frequencies[used].astype(np.float64)
-    while used.size > 1:
-        gains = weights * np.log2((now + 1) / now)
-        losses = np.where(now > 1, weights * np.log2(now / np.maximum(now - 1, 1)), math.inf)
-        to, source = int(gains.argmax()), int(losses.argmin())
-        if gains[to] <= losses[source] * (1 + 1e-12):
-            break
-        now[to] += 1
-        now[source] -= 1
-    found = np.zeros_like(frequencies)
-    found[used] = now.astype(np.int64)
-    return found
+    return models_jit.normalise(np.ascontiguousarray(counts, np.int64), precision, models_jit.LOGARITHMS)
 
 
 def shortened(frequencies: Longs, kept: int) -> Longs | None:
     """The same with `kept` significant bits, the most frequent taking up the rest; None where others exceed it then."""
-    peak = int(frequencies.argmax())
-    lengths = np.floor(np.log2(np.maximum(frequencies, 1))).astype(np.int64) + 1
-    unit = np.int64(1) << np.maximum(lengths - kept, 0)
-    rounded: Longs = (frequencies + unit // 2) // unit * unit
-    rounded[peak] = 0
-    rest = int(frequencies.sum()) - int(rounded.sum())
-    if rest < max(1, int(rounded.max())):
-        return None
-    rounded[peak] = rest
-    return rounded
+    found = np.empty_like(frequencies)
+    return found if models_jit.shorten(frequencies, kept, int(frequencies.argmax()), found) else None
 
 
 def fitted_model(low: int, counts: Longs, has_escape: bool = False) -> SymbolModel:
@@ -205,28 +156,13 @@ def fitted_model(low: int, counts: Longs, has_escape: bool = False) -> SymbolMod
 
     `counts` of an escape may be 0: it can occur all the same.
     """
-    from core.tensors.entropy.layout import model_bytes
-
-    weights = np.maximum(counts, np.arange(counts.size) == counts.size - 1) if has_escape else counts
-    best, least = None, math.inf
-    for precision in CHOSEN_PRECISIONS:
-        if np.count_nonzero(weights) > 1 << precision:
-            continue
-        exact = normalised(weights, precision)
-        for kept in range(2, precision + 1):
-            frequencies = shortened(exact, kept)
-            if frequencies is None:
-                continue
-            model = SymbolModel(low, precision, frequencies, has_escape)
-            bits = expected_bits(model, counts) + 8 * len(model_bytes(model))
-            if bits < least:
-                best, least = model, bits
-    assert best is not None  # noqa: S101 - with all bits kept there is always one
-    return best
+    counts = np.ascontiguousarray(counts, np.int64)
+    best = np.empty_like(counts)
+    precision, _ = models_jit.best_frequencies(low, counts, has_escape, models_jit.LOGARITHMS, best)
+    return SymbolModel(low, precision, best, has_escape)
 
 
 def expected_bits(model: SymbolModel, counts: Longs) -> float:
     """Bits of so many of each symbol, states of 32 bits considered; escaped values not."""
-    used = counts > 0
-    ideal = float(np.dot(counts[used], model.costs[used]))
-    return ideal + float(counts.sum()) * _RENORMALISATION * 4.0 ** (model.precision - 14)
+    counts = np.ascontiguousarray(counts, np.int64)
+    return models_jit.number_bits(counts, model.frequencies, model.precision, models_jit.LOGARITHMS)

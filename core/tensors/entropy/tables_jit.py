@@ -7,6 +7,7 @@ explains the style.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.tensors.entropy.loops_jit import Bytes, Longs, Numbers, Table16, Table32
 from core.tensors.kernels.cpu_jit import compiled, inlined
@@ -16,6 +17,7 @@ _P1, _P2, _P3, _P4, _P5 = 2654435761, 2246822519, 3266489917, 668265263, 3747613
 _LONGEST = 16  # zeros of a gamma code: larger numbers do not occur
 _SCANNED = 1024  # codes that are looked at together
 _COUNTERS = 4  # so that equal codes do not wait for each other
+_SIDE = np.uint64(64)  # of a tile
 
 
 @inlined
@@ -232,6 +234,36 @@ def count_codes(codes: Numbers, low: int, counts: Longs) -> None:
     for j in range(_COUNTERS):
         for k in range(counts.size):
             counts[k] += parts[j, k]
+
+
+@compiled
+def count_groups(lines: Numbers, width: int, centre: int, reach: int, counts: NDArray[np.float64]) -> None:
+    """Adds to counts[g, |z - centre|] for each number z of the lines of group g, `reach` where that is more."""
+    found, length = np.zeros(2 * reach + 1, np.int64), np.uint64(lines.shape[1])
+    for line in range(np.uint64(lines.shape[0])):
+        for i in range(length):
+            near = min(max(np.int64(lines[line, i]) - centre, np.int64(-reach)), np.int64(reach))
+            found[np.uint64(near + reach)] += 1
+        group = line // np.uint64(width)
+        for k in range(found.size):
+            counts[group, abs(k - reach)] += found[k]
+            found[k] = 0
+
+
+@compiled
+def transpose(matrix: Numbers, out: Numbers) -> None:
+    """out[j, i] = matrix[i, j], through tiles: columns of powers of two fall on the same lines of a cache."""
+    tile = np.empty((_SIDE, _SIDE), matrix.dtype)
+    rows, columns = np.uint64(matrix.shape[0]), np.uint64(matrix.shape[1])
+    for row in range(np.uint64(0), rows, _SIDE):
+        for column in range(np.uint64(0), columns, _SIDE):
+            high, wide = min(_SIDE, rows - row), min(_SIDE, columns - column)
+            for i in range(high):
+                for j in range(wide):
+                    tile[i, j] = matrix[row + i, column + j]
+            for j in range(wide):
+                for i in range(high):
+                    out[column + j, row + i] = tile[i, j]
 
 
 @compiled

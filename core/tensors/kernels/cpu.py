@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from core.tensors.kernels.cpu_rule import Method, RoundingRule
 
 Bits = NDArray[np.signedinteger[Any]]
+Numbers = NDArray[np.integer[Any]]
 Starts = NDArray[np.uint64]
 PieceOfWork = TypeVar("PieceOfWork")
 Result = TypeVar("Result")
@@ -122,6 +123,34 @@ def decode(
         cpu_decode_jit.decode_values(codes.numpy(), starts, whole, factors, out.numpy())
 
 
+def grid_numbers(
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    columns: int,
+    width: int,
+    step: float,
+    most: int,
+    dtype: type[np.signedinteger[Any]],
+) -> Bits:
+    """rint(weight / (scale * step)) of a flat piece, in `dtype` and within +-most; 0 under a scale of 0."""
+    from core.tensors.kernels import cpu_grid_jit
+
+    numbers, starts = np.empty(weights.numel(), dtype), starts_of(weights.numel(), columns, width)
+    cpu_grid_jit.grid_numbers(_wide(weights), starts, scales.contiguous().numpy(), step, float(most), numbers)
+    return numbers
+
+
+def grid_sums(
+    weights: torch.Tensor, scales: torch.Tensor, columns: int, width: int, step: float, numbers: Numbers, cells: int
+) -> NDArray[np.float64]:
+    """Of each cell, |k| = 1, 2, ... `cells` or more: sums of scale^2 (|k| - |weight / (scale * step)|), of scale^2."""
+    from core.tensors.kernels import cpu_grid_jit
+
+    sums, starts = np.zeros(2 * cells), starts_of(weights.numel(), columns, width)
+    cpu_grid_jit.grid_sums(_wide(weights), starts, scales.contiguous().numpy(), step, numbers, sums)
+    return sums
+
+
 def over_pieces(work: Callable[[PieceOfWork], Result], pieces: Iterable[PieceOfWork]) -> list[Result]:
     """`work` of each piece, in order, on torch's number of threads."""
     threads, todo = torch.get_num_threads(), list(pieces)
@@ -145,11 +174,11 @@ def starts_of(count: int, columns: int, width: int) -> Starts:
 
 
 def _wide(piece: torch.Tensor) -> NDArray[np.float32]:
-    """The finite elements of a piece in fp32; a copy only of 16-bit ones."""
+    """The finite elements of a piece in fp32; a copy only of those that are not."""
     from core.tensors.kernels import cpu_jit
 
-    if piece.dtype is torch.float32:
-        return piece.numpy()
+    if piece.dtype not in KINDS or piece.dtype is torch.float32:
+        return piece.float().numpy()
     patterns = np.empty(piece.numel(), np.int32)
     cpu_jit.widen(bits_of(piece), KINDS[piece.dtype], patterns)
     return patterns.view(np.float32)

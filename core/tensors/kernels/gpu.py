@@ -57,7 +57,7 @@ def encode(weight: torch.Tensor, fmt: TensorFormat, table: ElementTable) -> GpuC
         scale_shape(fmt, tuple(weight.shape)), dtype=TORCH_DTYPES[scale_dtype(fmt)], device=weight.device
     )
     damaged = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    with _on(weight.device):
+    with on_device(weight.device):
         if work.geometry.chunks == 1:
             work.whole(rounding, codes, scales, damaged).run()
         else:
@@ -79,7 +79,7 @@ def encode_codes(
         return _say_once("encode", reason)
     work = _encoding(weight, fmt, table, grid)
     codes = _empty_codes(work, grid)
-    with _on(weight.device):
+    with on_device(weight.device):
         work.codes(factors.contiguous(), codes).run()
     return codes
 
@@ -87,14 +87,14 @@ def encode_codes(
 def decode(encoded: EncodedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     """The flat dense elements, fp32 or bf16, before rotation and outliers; None where kernels do not take it."""
     fmt, grid, device = encoded.format, encoded.grid, encoded.codes.device
-    reason = _device_refusal(device) or gpu_plan.refusal(fmt, grid)
+    reason = device_refusal(device) or gpu_plan.refusal(fmt, grid)
     if not reason and dtype not in OUTPUTS:
         reason = f"no output of {dtype}"
     if reason:
         return _say_once("decode", reason)
     out = torch.empty(grid.elements, dtype=dtype, device=device)
     scales = encoded.scale_values if fmt.scale_format in GIVEN_SCALES else encoded.scales
-    with _on(device):
+    with on_device(device):
         table = _table_by_code(encoded)
         decoding(fmt, Geometry.for_decoding(grid), encoded.codes, scales.reshape(-1), table, out).run()
     return out
@@ -121,10 +121,10 @@ def _table_by_code(encoded: EncodedTensor) -> torch.Tensor:
 def _encoding_refusal(weight: torch.Tensor, fmt: TensorFormat, grid: BlockGrid) -> str | None:
     if weight.dtype not in WEIGHTS:
         return f"weights of {weight.dtype}"
-    return _device_refusal(weight.device) or gpu_plan.encoding_refusal(fmt, grid)
+    return device_refusal(weight.device) or gpu_plan.encoding_refusal(fmt, grid)
 
 
-def _device_refusal(device: torch.device) -> str | None:
+def device_refusal(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -135,7 +135,7 @@ def _device_refusal(device: torch.device) -> str | None:
     return None if found >= _OLDEST else f"compute capability {found[0]}.{found[1]} is below 8.0"
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

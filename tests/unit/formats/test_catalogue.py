@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from core.formats.block_types import BLOCK_TYPES
@@ -27,7 +29,9 @@ def test_a_format_is_described_in_numbers(entry: dict[str, str]) -> None:
     assert shown["codebook"] == sorted(shown["codebook"])
     assert shown["block_size"] == fmt.granularity
     assert shown["element_bits"] == fmt.element_bits
-    if not fmt.is_block_type:
+    if fmt.is_grid:
+        assert shown["bits_per_param"] == fmt.bits
+    elif not fmt.is_block_type:
         assert shown["bits_per_param"] == packed_bits(fmt.codes) + scale_bits(fmt) / int(fmt.granularity)
 
 
@@ -81,3 +85,19 @@ def test_zero_is_a_zero_and_no_other_value_is_written_twice() -> None:
     assert values.count(0.0) == 2
     assert len(set(values)) == 15
     assert not any(str(value) == "-0.0" for text in FAMILIES if text != "float" for value in values)
+
+
+def test_a_grid_is_shown_with_the_step_that_normal_weights_would_have() -> None:
+    shown = describe(parse("grid3.25@64:absmax:bf16+huffman"))
+    assert shown["fitted"] == "step"
+    assert (shown["element_bits"], shown["scale_bits"], shown["bits_per_param"]) == (3.0, 16.0, 3.25)
+    steps = [high - low for low, high in pairwise(shown["codebook"])]
+    assert steps == pytest.approx([0.52243324] * len(steps))
+    assert 0.0 in shown["codebook"]
+    assert shown["codebook"][-1] == -shown["codebook"][0] > 4 - 0.53
+
+
+def test_what_an_entropy_code_saves_is_not_counted() -> None:
+    coded, plain = (describe(parse(text)) for text in ("t7_4@64+rans", "t7_4@64"))
+    assert coded["bits_per_param"] == plain["bits_per_param"]
+    assert "rans" in coded["not_counted"]

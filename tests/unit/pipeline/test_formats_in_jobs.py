@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from core.errors import InvalidCheckpoint
 from core.exports.artefact import Artefact
 from core.pipeline.local import run_recipe
 from core.recipe.recipe import load_recipe
@@ -34,6 +35,11 @@ FORMATS = [
     "nf4@64+opq0.95",
     "int4@64+threshold2.5+hadamard",
     "q4_k",
+    "grid4@tensor",
+    "grid4.5@32:absmax:e4m3+outliers0.01+hadamard+huffman",
+    "t7_4@64:signmax+rans",
+    "lloyd4-weighted@channel+rans",
+    "nf4@64:dq8+opq0.95+rotate+huffman",
 ]
 
 
@@ -107,3 +113,44 @@ def test_the_seed_of_a_rotation_is_the_tensors_own(llama: Path, tmp_path: Path) 
     for name in names:
         assert torch.equal(one.decode(name), same.decode(name))
         assert not torch.equal(one.decode(name), other.decode(name))
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+def test_a_job_with_variable_length_codes_fills_its_budget_to_a_hundredth_of_a_bit(
+    allocation: str, llama: Path, tmp_path: Path
+) -> None:
+    calibration = {"sequences": 2, "sequence_length": 32}
+    target = {"bits_per_param": 3.35}
+    report = quantised(
+        llama, tmp_path / "out", "grid3@tensor", target=target, allocation=allocation, calibration=calibration
+    )
+    assert 3.34 <= report["summary"]["bits_per_param"] <= 3.35
+    assert [row["format"] for row in report["coverage"] if row["format"] != "keep"] == ["grid@tensor:rms:bf16+rans"]
+    rates = {row["format"] for row in report["tensors"] if row["format"] != "keep"}
+    assert (len(rates) > 1) == (allocation == "fisher")
+
+
+def test_the_bytes_that_an_entropy_code_takes_stand_in_the_format_and_hold_the_budget(
+    llama: Path, tmp_path: Path
+) -> None:
+    report = quantised(llama, tmp_path / "out", "t7_4@64:signmax+rans", target={"bits_per_param": 4.6})
+    assert report["summary"]["bits_per_param"] <= 4.6
+    artefact = Artefact.open(opened(tmp_path / "out"))
+    for row in report["tensors"]:
+        if row["format"] != "keep":
+            assert f"+ransx{artefact.encoded(row['name']).codes.numel()}" in row["format"]
+
+
+def test_an_artefact_with_damaged_codes_names_the_tensor(llama: Path, tmp_path: Path) -> None:
+    quantised(llama, tmp_path / "out", "grid4@tensor")
+    file = next((tmp_path / "out").glob("*.safetensors"))
+    artefact = Artefact.open(opened(tmp_path / "out"))
+    name = next(name for name, stored in artefact.tensors.items() if stored.format != "keep")
+    length, place = artefact.index.tensors[f"{name}.codes"].nbytes, artefact.index.tensors[f"{name}.codes"].start
+    data = bytearray(file.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    data[8 + header + place + length // 2] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(InvalidCheckpoint, match="damaged") as refused:
+        Artefact.open(opened(tmp_path / "out")).decode(name)
+    assert refused.value.where == name

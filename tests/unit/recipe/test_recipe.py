@@ -244,8 +244,7 @@ def test_what_makes_no_sense_is_refused_at_its_path(changes: dict[str, Any], pat
     ("changes", "path", "kind"),
     [
         ({"format": "int4"}, "format", InvalidFormat),
-        ({"format": "grid3.0@tensor:rms+rans"}, "format", MethodNotAvailable),
-        ({"format": "int4@64+huffman"}, "format", MethodNotAvailable),
+        ({"format": "int4@64+ransx77"}, "format", InvalidFormat),
         ({"overrides": [{"match": "a", "format": "int4"}]}, "overrides.0.format", InvalidFormat),
         ({"rounding": "gptq"}, "rounding.name", MethodNotAvailable),
         ({"rounding": {"name": "watersic"}}, "rounding.name", MethodNotAvailable),

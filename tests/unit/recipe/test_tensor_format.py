@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import BitmillError, InvalidFormat, MethodNotAvailable
+from core.errors import BitmillError, InvalidFormat
 from core.recipe.format_names import (
     ALIASES,
     BLOCK_NAMES,
     CODEBOOKS,
-    LATER_FAMILIES,
-    LATER_OPTIONS,
+    ENTROPY_CODES,
+    GRID_FAMILY,
     OPTIONS,
     OUTLIER_RULES,
+    SCALE_BITS,
     SCALE_FORMATS,
     STATISTICS,
 )
@@ -57,6 +58,10 @@ CONTRACT = [
     "mxint8",
     "q4_0",
     "q8_0",
+    "grid3.0@tensor:rms+rans",
+    "grid4.5@32:absmax:e4m3+huffman",
+    "int4@64+huffman",
+    "t7_4@64:signmax+opq0.95+rans",
 ]
 
 
@@ -65,13 +70,14 @@ def options(draw: st.DrawFn) -> str:
     """An option of the grammar, numbers written in any way."""
     name = draw(st.sampled_from(OPTIONS))
     number = draw(st.floats(1e-6, 2).map(str) | st.sampled_from(["0.001", "0.950", "1e-3", "4", "0.5"]))
-    return f"{name}{number}" if name in OUTLIER_RULES else name
+    found = draw(st.none() | st.integers(0, 10**12)) if name in ENTROPY_CODES else None
+    return f"{name}{number}" if name in OUTLIER_RULES else name if found is None else f"{name}x{found}"
 
 
 @st.composite
 def formats(draw: st.DrawFn) -> TensorFormat:
     """Any format that exists: drawn field by field, without those that the class refuses."""
-    family = draw(st.sampled_from(["int", "float", *CODEBOOKS]))
+    family = draw(st.sampled_from(["int", "float", GRID_FAMILY, *CODEBOOKS]))
     fields: dict[str, Any] = {
         "family": family,
         "granularity": draw(st.sampled_from(["tensor", "channel"]) | st.integers(1, 1 << 20)),
@@ -153,6 +159,10 @@ def test_the_examples_of_the_contract_are_read(text: str) -> None:
         ("int4-mx@32:e8m0-rceil", "int4-mx@32:absmax:e8m0-rceil"),
         ("power0.70_4@64", "power0.7_4@64:absmax:bf16"),
         ("nf4@64+hadamard+outliers1e-3", "nf4@64:absmax:bf16+outliers0.001+hadamard"),
+        ("grid3@tensor", "grid3@tensor:rms:bf16+rans"),
+        ("grid3.50@64:fp16+huffman+hadamard", "grid3.5@64:rms:fp16+hadamard+huffman"),
+        ("grid3@channel:absmax+rans+outliers0.01", "grid3@channel:absmax:bf16+outliers0.01+rans"),
+        ("int4@64+ransx077", "int4-asym@64:absmax:bf16+ransx77"),
     ],
 )
 def test_what_is_left_out_has_a_default_that_fits(short: str, full: str) -> None:
@@ -253,6 +263,26 @@ def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> 
         ("t٧_4@64", "not a family, bits and mode", "t5_4"),
         ("int4@99999999999", "no granularity", "64"),
         ("int4@64+outlier0.01", "no option", "outliers0.001"),
+        ("grid3@tensor:absmax-search", "no statistic", "absmax"),
+        ("grid3@tensor:search", "search does not apply", "rms, absmax"),
+        ("grid3@64:signmax", "signmax does not apply", "rms, absmax"),
+        ("grid3-sym@64", "grid has no mode 'sym'", "no mode"),
+        ("grid0.05@tensor", "0.05 bits", "0.1 to 10"),
+        ("grid10.5@tensor", "10.5 bits", "0.1 to 10"),
+        ("grid99999@tensor", "99999 bits", "0.1 to 10"),
+        ("grid3@4", "of which scales take 4", "4.1 bits or more"),
+        ("grid0.3@64", "of which scales take 0.25", "0.35 bits or more"),
+        ("grid9@1", "of which scales take 16", "larger block"),
+        ("grid3_e1m1@64", "exponent and mantissa", "grid3"),
+        ("grid@64", "not a family, bits and mode", "grid3.0"),
+        ("grid3@tensor+ransx77", "follow from its bits", "+rans"),
+        ("grid3@tensor+huffmanx77", "follow from its bits", "+huffman"),
+        ("int4@64+rans+huffman", "more than one entropy code", "rans or huffman"),
+        ("int4@64+rans+ransx5", "more than one entropy code", "rans"),
+        ("int13@64+huffman", "8192 codes", "12 bits, or rans"),
+        ("q4_k+rans", "takes no options", "q4_k"),
+        ("int4@64+rans5", "no option 'rans5'", "rans"),
+        ("int4@64+ransx", "no option 'ransx'", "rans"),
         ("", "no element format", "known"),
         ("@:+", "no element format", "known"),
     ],
@@ -288,36 +318,22 @@ def test_what_is_fitted_has_a_form_in_which_it_is_given(text: str, fitted: str, 
         parse(text).with_fitted(-1.5)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        *((f"{family}4@64", family) for family in LATER_FAMILIES),
-        ("grid3.0@tensor:rms+rans", "grid"),
-        *((f"int4@64+{name}", name) for name in LATER_OPTIONS),
-    ],
-)
-def test_names_of_the_contract_without_a_method_are_refused_by_name(text: str, name: str) -> None:
-    with pytest.raises(MethodNotAvailable, match=name) as refused:
-        parse(text)
-    assert refused.value.where == text
-
-
 @given(st.text(max_size=60))
 def test_any_other_text_is_a_format_or_an_error_of_ours(text: str) -> None:
     try:
         fmt = parse(text)
-    except (InvalidFormat, MethodNotAvailable):
+    except InvalidFormat:
         return
     assert parse(str(fmt)) == fmt
 
 
 @given(
     st.from_regex(
-        r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}"
+        r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd|grid)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}"
     )
 )
 def test_texts_that_are_nearly_formats_never_fail_in_another_way(text: str) -> None:
-    with contextlib.suppress(InvalidFormat, MethodNotAvailable):
+    with contextlib.suppress(InvalidFormat):
         parse(text)
 
 
@@ -339,3 +355,62 @@ def test_an_even_width_of_a_base_with_an_odd_number_of_codes_has_the_default_mod
 def test_a_recipe_does_not_say_how_many_outliers_there_are() -> None:
     with pytest.raises(BitmillError, match="stands in artefacts"):
         load_recipe({"version": 1, "target": {"bits_per_param": 4}, "format": "int4@64+opq0.95x7"})
+
+
+@pytest.mark.parametrize("name", sorted(SCALE_BITS))
+@pytest.mark.parametrize("block", [4, 16, 64, 1000])
+def test_a_grid_of_blocks_leaves_its_codes_a_tenth_of_a_bit(block: int, name: str) -> None:
+    share = SCALE_BITS[name] / block
+    fmt = parse(f"grid{share + 0.101:.5f}@{block}:{name}")
+    assert fmt.element_bits == pytest.approx(0.101, abs=1e-5)
+    assert parse(f"grid{share + 0.101:.5f}@channel:{name}").element_bits == fmt.bits
+    with pytest.raises(InvalidFormat, match="of which scales take"):
+        parse(f"grid{share + 0.099:.5f}@{block}:{name}")
+
+
+@given(bits=st.floats(0.1, 10))
+def test_a_grid_may_have_any_rate(bits: float) -> None:
+    fmt = TensorFormat("grid", bits, granularity="tensor")
+    assert fmt.bits == fmt.element_bits == bits
+    assert parse(str(fmt)) == fmt
+    assert (fmt.is_grid, fmt.is_codebook, fmt.fitted, fmt.entropy_code) == (True, False, None, "rans")
+    assert fmt.kind == "grid@tensor:rms:bf16+rans"
+
+
+def test_widths_of_a_grid_are_half_steps_above_what_its_scales_take() -> None:
+    assert parse("grid3@tensor").allowed_widths() == tuple(half / 2 for half in range(2, 17))
+    assert parse("grid5@16").allowed_widths() == tuple(half / 2 for half in range(3, 17))
+    assert parse("grid3@tensor").with_bits(7.13) == parse("grid7.13@tensor")
+    with pytest.raises(InvalidFormat):
+        parse("grid5@16").with_bits(1)
+
+
+def test_a_grid_whose_scales_take_nearly_all_has_its_own_width() -> None:
+    fmt = parse("grid9@2")
+    assert fmt.allowed_widths() == (9.0,)
+
+
+@pytest.mark.parametrize("name", ENTROPY_CODES)
+def test_the_bytes_of_codes_are_found_and_written_behind_the_option(name: str) -> None:
+    fmt = parse(f"nf4@64+opq0.95+{name}")
+    found = fmt.with_outliers_found(12).with_coded_bytes(345)
+    assert str(found) == f"nf4@64:absmax:bf16+opq0.95x12+{name}x345"
+    assert (found.entropy_code, found.coded_bytes, fmt.coded_bytes) == (name, 345, None)
+    assert found.kind == fmt.kind == str(fmt)
+    assert found.with_coded_bytes(7).coded_bytes == 7
+    assert found.without_code == parse("nf4@64+opq0.95x12")
+
+
+def test_a_grid_and_a_format_without_a_code_have_no_bytes_to_be_found() -> None:
+    for fmt in (parse("grid3@tensor"), parse("int4@64")):
+        assert fmt.with_coded_bytes(77) == fmt
+    assert parse("int4@64").entropy_code is None
+    assert parse("int4@64").without_code == parse("int4@64")
+
+
+@pytest.mark.parametrize("field", ["format", "overrides"])
+def test_a_recipe_does_not_say_how_many_bytes_codes_take(field: str) -> None:
+    text = "int4@64+ransx77"
+    given_ = text if field == "format" else [{"match": "a", "format": text}]
+    with pytest.raises(BitmillError, match="stands in artefacts"):
+        load_recipe({"version": 1, "target": {"bits_per_param": 4}, "format": "int4@64", field: given_})

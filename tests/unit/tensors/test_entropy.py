@@ -290,3 +290,14 @@ def test_columns_of_different_scales_take_less_than_one_histogram_allows(axis: i
 def test_matrices_of_any_shape_come_back(rows: int, columns: int, axis: int, width: int) -> None:
     codes = normal(rows * columns, 5, seed=rows).reshape(rows, columns)
     assert np.array_equal(decode_matrix(encode_matrix(codes, axis, width), codes.shape), codes)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 127), (130, 63), (1, 200), (200, 1)])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+def test_columns_are_the_rows_of_the_transposed_matrix(shape: tuple[int, int], dtype: type[np.signedinteger]) -> None:
+    """Their bytes differ in what says that they are columns, and in its checksum: not in size."""
+    codes = normal(shape[0] * shape[1], 5).reshape(shape).astype(dtype)
+    data = encode_matrix(codes, 1)
+    assert np.array_equal(decode_matrix(data, shape), codes)
+    assert (data != encode_matrix(codes.T, 0)).sum() <= 1 + 4
+    assert np.array_equal(data, encode_matrix(np.asfortranarray(codes), 1))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from core.errors import InvalidCheckpoint, InvalidFormat
-from core.tensors.entropy import layout, tables_jit
+from core.tensors.entropy import layout, models_jit, tables_jit
 from core.tensors.entropy.families import parametric_model, probabilities
 from core.tensors.entropy.layout import Plan, Reader, Segment
 from core.tensors.entropy.models import SymbolModel, expected_bits, fitted_model, normalised, shortened
@@ -43,6 +43,29 @@ def test_frequencies_are_the_best_of_all(counts: list[int]) -> None:
     assert bits(counts, found, 4) == pytest.approx(best, abs=1e-9)
 
 
+@given(
+    counts=st.lists(st.integers(0, 30) | st.integers(0, 10**6), min_size=2, max_size=300).filter(any),
+    precision=st.integers(10, 15),
+)
+def test_no_unit_moved_between_two_of_many_symbols_makes_them_shorter(counts: list[int], precision: int) -> None:
+    """Costs are convex, so that frequencies which no such move improves are the best."""
+    found = normalised(np.array(counts), precision)
+    used = np.array(counts) > 0
+    weights, now = np.array(counts)[used], found[used].astype(np.float64)
+    gains = weights * np.log2((now + 1) / now)
+    losses = weights[now > 1] * np.log2(now[now > 1] / (now[now > 1] - 1))
+    assert found.sum() == 1 << precision
+    assert ((found > 0) == used).all()
+    assert now.size == 1 or gains.max() <= losses.min() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("counts", "frequencies"), [([7] * 3, [6, 5, 5]), ([9, 1, 9, 9], [5, 1, 5, 5]), ([1] * 15 + [2], [1] * 16)]
+)
+def test_of_equal_symbols_the_lowest_gets_what_is_left(counts: list[int], frequencies: list[int]) -> None:
+    assert normalised(np.array(counts), 4).tolist() == frequencies
+
+
 @given(counts=COUNTS, kept=st.integers(1, 12))
 def test_shortened_frequencies_keep_the_sum_and_so_many_bits(counts: list[int], kept: int) -> None:
     exact = normalised(np.array(counts), 12)
@@ -66,6 +89,25 @@ def test_a_stored_model_is_read_back(counts: list[int], low: int, has_escape: bo
     assert (found, is_wide, reader.at) == (plan, has_escape, len(stored))
     assert read.frequencies.tolist() == model.frequencies.tolist()
     assert (read.low, read.precision, read.has_escape) == (low, model.precision, has_escape)
+
+
+@given(counts=COUNTS, low=st.integers(-(2**31), 2**31 - 50), precision=st.integers(10, 15), gap=st.integers(0, 500))
+def test_a_model_is_as_long_as_the_search_takes_it_for(counts: list[int], low: int, precision: int, gap: int) -> None:
+    model = SymbolModel(low, precision, normalised(np.array([*counts, *[0] * gap, *counts]), precision))
+    assert models_jit.model_bytes(low, model.frequencies) == len(layout.model_bytes(model))
+
+
+@given(counts=COUNTS, has_escape=st.booleans())
+def test_a_fitted_model_is_the_shortest_of_all_precisions_and_bits_kept(counts: list[int], has_escape: bool) -> None:
+    def total(model: SymbolModel) -> float:
+        lost = 2e-4 * 4.0 ** (model.precision - 14) * sum(counts)
+        return bits(counts, model.frequencies.tolist(), model.precision) + lost + 8 * len(layout.model_bytes(model))
+
+    weights = np.array([*counts[:-1], max(counts[-1], has_escape)])
+    least = total(fitted_model(0, np.array(counts), has_escape))
+    for precision, kept in product((12, 13, 14, 15), range(2, 16)):
+        frequencies = shortened(normalised(weights, precision), kept)
+        assert frequencies is None or least <= total(SymbolModel(0, precision, frequencies, has_escape)) + 1e-6
 
 
 @given(counts=COUNTS, precision=st.integers(10, 15), has_gap=st.booleans())
@@ -160,6 +202,17 @@ def test_a_parametric_model_is_as_near_its_family_as_frequencies_can_be(family: 
     assert (exact[exact > 0] * costs[exact > 0]).sum() <= ideal - math.log2(1 - model.size / 2**model.precision) + 0.001
 
 
+@pytest.mark.parametrize("family", DENSITIES)
+@pytest.mark.parametrize(("std", "weight"), [(0.05, 9), (0.7, 1), (3.0, 1 << 40), (30.0, 1 << 24), (1e6, 1 << 24)])
+def test_a_parametric_model_is_that_of_the_counts_of_all_numbers(family: str, std: float, weight: int) -> None:
+    """Numbers left out of the sum because they are far away are none that are counted."""
+    numbers = np.arange(-2047, 2048)
+    counts = np.rint(probabilities(family, std, numbers) * weight).astype(np.int64)
+    counts[2047] = max(counts[2047], 1)
+    expected = model_of_counts(numbers[counts > 0], counts[counts > 0], max(0, weight - int(counts.sum())))
+    assert layout.model_bytes(parametric_model(family, std, weight=weight)) == layout.model_bytes(expected)
+
+
 @pytest.mark.parametrize(("family", "std", "nu"), [("cauchy", 1, 5), ("t", 1, 2), ("normal", 0, 5), ("t", math.inf, 5)])
 def test_impossible_families_are_refused(family: str, std: float, nu: float) -> None:
     with pytest.raises(InvalidFormat):
@@ -192,6 +245,24 @@ def test_a_model_of_few_numbers_is_short_and_one_of_many_is_exact() -> None:
     few, many = model_of_counts(np.arange(9), shape), model_of_counts(np.arange(9), shape << 20)
     assert len(layout.model_bytes(few)) < len(layout.model_bytes(many)) <= 24
     assert expected_bits(many, shape) < expected_bits(few, shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "rest", "ends", "has_escape"),
+    [
+        ([0, 1, 2], [5, 9, 5], None, (0, 2), False),
+        ([0, 1, 2], [5, 9, 5], 0, (0, 2), True),  # it was asked for
+        ([0, 1, 2, 30_000], [5000, 9000, 5000, 1], None, (0, 2), True),  # far away
+        (list(range(4096)), [1000] * 4096, None, (0, 4095), False),  # as many as there may be
+        (list(range(4097)), [1000] * 4097, None, (0, 4094), True),
+    ],
+)
+def test_numbers_get_symbols_where_that_is_shorter(
+    values: list[int], counts: list[int], rest: int | None, ends: tuple[int, int], has_escape: bool
+) -> None:
+    model = model_of_counts(np.array(values), np.array(counts), rest)
+    assert (model.low, model.high) == ends
+    assert model.has_escape == has_escape
 
 
 @given(data=st.binary(max_size=40), size=st.integers(1, 60), peak=st.integers(0, 59), kept=st.integers(1, 15))
