@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from core.pipeline.plan_file import Plan
 
 ROOT = Path(__file__).parents[1]
-FORMATS = ("t7_4@32:signmax-search:e4m3", "t7_4@64:signmax")
+FORMATS = ("t7_4@32:signmax-search:e4m3", "t7_4@64:signmax", "grid3@tensor")
 BITS = (3.0, 3.5, 4.0, 4.5)
 METHODS = ("uniform", "fisher", "heuristic")
 FORECAST_AT = 4.0

@@ -175,7 +175,7 @@ def decode_tile(
     table and `out`.
     """
     if out.device.type == "cuda" and coded.streams(tile) is not None and out.dtype in _ON_GPU:
-        _decode_on_gpu(coded, tile, table, scales, grid, out)
+        decode_by_kernel(coded, tile, table, scales, grid, out)
         return
     length = coded.columns if coded.axis == ROWS else coded.rows
     indices, matrix = coded.read(tile), out.view(coded.rows, coded.columns)
@@ -192,10 +192,10 @@ def decode_tile(
             matrix[begin:end, lines] = values.T.mul(spread(inside, lines)).to(out.dtype)
 
 
-def _decode_on_gpu(
+def decode_by_kernel(
     coded: CodedCodes, tile: Tile, table: torch.Tensor, scales: torch.Tensor, grid: BlockGrid, out: torch.Tensor
 ) -> None:
-    """By the kernel, one warp for each stream."""
+    """The same by the kernel for GPUs, one warp for each stream; where there is none, its door decodes on the CPU."""
     from core.tensors.kernels import gpu_entropy
 
     streams, order = coded.streams(tile), coded.order.int().to(out.device) if coded.is_sorted else None

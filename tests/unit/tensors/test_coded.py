@@ -16,7 +16,7 @@ from core.errors import BitmillError, InvalidCheckpoint
 from core.recipe.format_names import BLOCK_FAMILY, ENTROPY_CODES, FAMILIES, GRID_FAMILY
 from core.recipe.tensor_format import TensorFormat, parse
 from core.tensors import coded
-from core.tensors.coded import FORMS, HEAD_BYTES, as_part, coded_bytes
+from core.tensors.coded import FORMS, HEAD_BYTES, as_part, coded_bytes, decode_by_kernel
 from core.tensors.encoded import EncodedTensor
 from core.tensors.entropy import coder
 from core.tensors.entropy.decoder import decode
@@ -241,6 +241,18 @@ def test_tiles_are_parts_of_the_whole(shape: tuple[int, ...], granularity: str, 
             assert max(tile.stop - tile.start for tile in tiles) <= 1 << 12
             require_same(found, plain)
         require_same(recoded(plain, "huffman", None), plain)
+
+
+@pytest.mark.parametrize("axis", [None, ROWS, COLUMNS])
+@pytest.mark.parametrize("text", ["grid3@tensor", "grid3@channel", "grid4@16:absmax:e4m3", "int4@48:absmax:bf16+rans"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_door_of_the_gpu_kernel_gives_the_same_numbers(text: str, axis: int | None, dtype: torch.dtype) -> None:
+    found = encode_nearest(weights((128, 160), axis, 3), parse(text))
+    assert found.coded is not None
+    out = torch.zeros(found.elements, dtype=dtype)
+    [everything] = found.coded.tiles(at_once=True)
+    decode_by_kernel(found.coded, everything, found.table, found.scale_values, found.grid, out)
+    assert torch.equal(out.reshape(found.shape), found.decode(dtype))
 
 
 @pytest.mark.usefixtures("small_tiles")
