@@ -10,7 +10,7 @@ from core.formats.block_types import BLOCK_TYPES
 from core.formats.elements import ASSUMED_CHANNEL, depends_on_block, element_table
 from core.formats.limits import entropy_coded_grid
 from core.formats.sparse_index import index_bytes, outlier_count
-from core.formats.stored import packed_bits, scale_bits
+from core.formats.stored import LEAST_SHARE, packed_bits, scale_bits
 from core.recipe.format_names import ALIASES, BLOCK_NAMES, FAMILIES, SCALE_FORMATS, STATISTICS
 from core.recipe.tensor_format import TensorFormat, parse
 
@@ -126,7 +126,7 @@ def _described_grid(fmt: TensorFormat) -> dict[str, Any]:
         "element_bits": fmt.element_bits,
         "scale_bits": scale_bits(fmt),
         "block_size": fmt.granularity,
-        "bits_per_param": fmt.bits,
+        "bits_per_param": max(fmt.bits, fmt.bits - (1 - LEAST_SHARE) * fmt.element_bits + _outlier_bits(fmt)),
         "description": _sentence(fmt),
         "fitted": "step",
     }

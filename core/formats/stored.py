@@ -6,7 +6,8 @@ that it needs. For powers of two that is plain bit packing, lowest bits first (4
 nibble). For other numbers of codes n = low * high two planes of code % low and code // low often come closer to log2 n
 bits than one: 12 codes are 2 bits and five ternary digits a byte, 3.6 bits. More than 256 codes: low bytes, and what is
 above them. Entropy-coded codes take what they take, which only the data tell, but for a grid: all of its parts together
-take exactly the bits per weight that it is named for, and its encoder sees to it that its codes fit.
+take exactly the bits per weight that it is named for, and its encoder sees to it that its codes fit. (Rows shorter than
+the block, or many outliers, may take nearly all of that: codes get half of the element's bits at least.)
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _SCALE_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "e8m0": "U8", "e4
 _BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 DOUBLE_BLOCK = 256  # scales that share a scale of their own under dq8
 CENTROIDS = 3
+LEAST_SHARE = 0.5  # of a grid's element bits, which its codes get where short rows or outliers take more than planned
 LEAST_CODED = 32  # bytes of a part of entropy-coded codes in which there is room for a single value
 
 
@@ -180,7 +182,8 @@ def _codes_bytes(
     """Bytes of the part `codes`."""
     if fmt.is_grid:
         taken = sum(_BYTES[dtype] * prod(size) for dtype, size in others.values())
-        return max(math.floor(fmt.bits * prod(shape) / 8) - taken, LEAST_CODED)
+        least = max(math.floor(fmt.element_bits * LEAST_SHARE * prod(shape) / 8), LEAST_CODED)
+        return max(math.floor(fmt.bits * prod(shape) / 8) - taken, least)
     if fmt.entropy_code is None:
         return packed_bytes(fmt.codes, prod(shape))
     known = found if fmt.coded_bytes is None else fmt.coded_bytes

@@ -59,7 +59,7 @@ def _whole(value: Any) -> Any:
 READ_NUMBER = BeforeValidator(_number)
 READ_WHOLE = BeforeValidator(_whole)
 Seed = Annotated[int, Strict(), Field(ge=0, le=MAX_SEED), READ_WHOLE]
-Bits = Annotated[float, Strict(), Field(ge=1, le=16, allow_inf_nan=False), READ_NUMBER]
+Bits = Annotated[float, Strict(), Field(ge=0.1, le=16, allow_inf_nan=False), READ_NUMBER]
 Glob = Annotated[str, Field(min_length=1, max_length=MAX_GLOB)]
 
 

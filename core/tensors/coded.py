@@ -71,11 +71,12 @@ class Tile:
 class CodedCodes:
     """The numbers of one tensor, still coded. InvalidCheckpoint, here or when they are read, for damaged bytes.
 
-    They are read as *indices*, into a table of values: the numbers themselves, or with `is_signed` what they are above
-    the least of them. Line l of the coded order is row (axis 0) or column `order[l]`, the l-th one without an order.
+    They are read as *indices*, into a table of values: of a format of so many `codes` the numbers themselves, of a grid
+    (None), whose numbers have signs, what they are above the least of them. Line l of the coded order is row (axis 0)
+    or column `order[l]`, the l-th one without an order.
     """
 
-    def __init__(self, part: torch.Tensor, method: str, shape: tuple[int, ...], *, is_signed: bool) -> None:
+    def __init__(self, part: torch.Tensor, method: str, shape: tuple[int, ...], codes: int | None) -> None:
         self.rows, self.columns = matrix_shape(shape)
         self.count = self.rows * self.columns
         self.axis, self.order = ROWS, torch.arange(self.rows)
@@ -94,7 +95,7 @@ class CodedCodes:
             self.is_sorted = True
         else:
             self.sequence = CodedSequence.parse(data, self.count)
-        self._is_signed = is_signed
+        self._codes, self._is_signed = codes, codes is None
 
     @cached_property
     def limits(self) -> tuple[int, int]:
@@ -105,7 +106,9 @@ class CodedCodes:
             low, high = (int(self._whole.min()), int(self._whole.max())) if self.count else (0, 0)
         limits = np.iinfo(np.int32)
         is_wide = high - low >= _SPAN or low < limits.min or high > limits.max
-        if is_wide or (low < 0 and not self._is_signed):
+        is_exact = self.sequence is None or self.sequence.plain is None  # the plain kind has whole powers of two
+        is_beyond = self._codes is not None and (low < 0 or (is_exact and high >= max(self._codes, 1)))
+        if is_wide or is_beyond:
             raise InvalidCheckpoint(f"codes from {low} to {high} that no format has")
         return low, high
 

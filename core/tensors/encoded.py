@@ -77,7 +77,9 @@ class EncodedTensor:
         """The codes of a format with an entropy code."""
         if self.format.entropy_code is None:
             return None
-        return CodedCodes(self.codes, self.format.entropy_code, self.shape, is_signed=self.format.is_grid)
+        return CodedCodes(
+            self.codes, self.format.entropy_code, self.shape, None if self.format.is_grid else self.format.codes
+        )
 
     @property
     def scales(self) -> torch.Tensor:
@@ -243,7 +245,7 @@ class EncodedTensor:
         if self.codebook is not None:
             return self.codebook
         if self.coded is not None and self.format.is_grid:
-            return grid_values(self.stored["step"], self.stored["centroids"], *self.coded.limits)
+            return self._grid_table(self.coded)
         if self.format.family == "int":
             levels = torch.arange(self.format.codes, dtype=torch.float32, device=self.codes.device)
             return (levels + integer.lowest(self.format.mode, self.format.codes)) * integer.step(
@@ -255,6 +257,14 @@ class EncodedTensor:
         patterns = torch.zeros(fmt.codes)
         patterns[list(codes)] = torch.tensor(values, dtype=torch.float32)
         return patterns.to(self.codes.device)
+
+    def _grid_table(self, coded: CodedCodes) -> torch.Tensor:
+        step, centroids = self.stored["step"], self.stored["centroids"]
+        if not 0 < float(step) < torch.inf or not bool((centroids.abs() <= 0.5).all()):
+            raise InvalidCheckpoint(
+                f"a grid with a step of {float(step):g} and centroids of {centroids.tolist()} steps"
+            )
+        return grid_values(step, centroids, *coded.limits)
 
     def _resolved(self) -> TensorFormat:
         try:

@@ -156,7 +156,7 @@ def _model(codes: Numbers) -> SymbolModel:
     values, counts = counted(codes)
     own = model_of_counts(values, counts)
     std = float(np.sqrt(np.dot(counts, values.astype(np.float64) ** 2) / counts.sum()))
-    if std == 0:
+    if std == 0 or values[0] >= 0:  # codes of a table: no number below 0 may have a symbol
         return own
     family = parametric_model("normal", std, weight=int(counts.sum()))
     return min((own, family), key=lambda model: _total_bits(model, values, counts))

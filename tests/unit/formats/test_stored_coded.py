@@ -40,7 +40,8 @@ def test_all_parts_of_a_grid_take_its_rate_or_what_they_need_at_least(
 ) -> None:
     parts = stored_parts(fmt, shape)
     others = nbytes({name: part for name, part in parts.items() if name != "codes"})
-    assert nbytes(parts) == max(math.floor(fmt.bits * math.prod(shape) / 8), others + LEAST_CODED)
+    codes = max(math.floor(fmt.element_bits * math.prod(shape) / 16), LEAST_CODED)
+    assert nbytes(parts) == max(math.floor(fmt.bits * math.prod(shape) / 8), others + codes)
     assert parts["codes"][1][0] >= LEAST_CODED
     assert (parts["step"], parts["centroids"]) == (("F32", (1,)), ("F16", (CENTROIDS,)))
     assert "codebook" not in parts

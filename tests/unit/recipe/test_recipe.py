@@ -201,7 +201,7 @@ def test_all_problems_are_listed_and_the_first_is_where_the_error_is() -> None:
         ({"allocation": "fischer"}, "allocation.name", "did you mean fisher"),
         ({"allocation": {"min_bits": 5, "max_bits": 4}}, "allocation.min_bits", "above max_bits"),
         ({"allocation": {"min_bits": 2.2, "max_bits": 2.8}}, "allocation", "no width between"),
-        ({"allocation": {"min_bits": 0}}, "allocation.min_bits", "greater than or equal to 1"),
+        ({"allocation": {"min_bits": 0}}, "allocation.min_bits", "greater than or equal to 0.1"),
         ({"calibration": True}, "calibration", "a mapping is needed"),
         ({"calibration": False}, "allocation", "fisher needs calibration allocation: uniform, or give"),
         ({"calibration": {"sequences": 0}}, "calibration.sequences", "1"),
