@@ -37,16 +37,6 @@ FORMATS = (
 )
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """Device time of one call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 def equals_reference(text: str, weight: torch.Tensor) -> bool:
     """Whether codes, scales and decoded values of a few rows are those of the reference on the CPU."""
     from core.formats.elements import element_table, shared_weights
@@ -71,6 +61,7 @@ def equals_reference(text: str, weight: torch.Tensor) -> bool:
 
 def measure(text: str, weight: torch.Tensor, rounds: int) -> dict[str, object]:
     """Medians of one format."""
+    from benchmarks.device_time import milliseconds
     from core.formats.elements import element_table, shared_weights
     from core.recipe.tensor_format import parse
     from core.tensors.encoded import EncodedTensor

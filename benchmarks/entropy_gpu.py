@@ -168,16 +168,6 @@ def innermost(listing: str) -> dict[str, object]:
     }
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """Device time of one call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 def works(sequence: CodedSequence) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
     """What takes turns, and how many bytes each writes; both results are compared with the CPU's first."""
     from core.tensors.kernels import gpu_entropy as gpu
@@ -223,6 +213,8 @@ def nvcomp_ans(codes: np.ndarray[Any, np.dtype[np.int8]], device: torch.device) 
 
 def measure(sequence: CodedSequence, stream_bits: int, rounds: int) -> dict[str, object]:
     """Medians of works that take turns."""
+    from benchmarks.device_time import milliseconds
+
     found, sizes = works(sequence)
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds + WARM_UP):

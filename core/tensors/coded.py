@@ -3,9 +3,10 @@
     u64 length L, then L bytes, then zeros to the end of the part
     rans: a sequence or a matrix with classes, told apart by their second byte; huffman: a Huffman code
 
-Little endian; the bytes are documented in `core.tensors.entropy`. The numbers are stored codes, or for a grid signed
+Little endian; docs/entropy.md documents the bytes. The numbers are stored codes, or for a grid signed
 multiples of its step, of the tensor as a matrix of its last dimension. A *tile* is a run of the coded order that is
-decoded at once: some streams, about 2^22 numbers, so memory does not grow with the tensor.
+decoded at once: some streams, about 2^22 numbers, so memory does not grow with the tensor (but under huffman, which
+has no streams: all of its numbers are decoded first).
 """
 
 from __future__ import annotations
@@ -115,8 +116,7 @@ class CodedCodes:
     @property
     def is_byte(self) -> bool:
         """Whether indices are uint8; int32 otherwise."""
-        high = self.limits[1]
-        return high - self.base <= np.iinfo(np.uint8).max
+        return self.limits[1] - self.base <= np.iinfo(np.uint8).max
 
     @property
     def _dtype(self) -> DType:
