@@ -51,6 +51,7 @@ picture: setup
 	mv build/allocation.jsonl docs/images/allocation.jsonl
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/rate_distortion.py --measure
+	$(BIN)/python docs/layer_distortion.py --measure
 	$(BIN)/python docs/examples.py --slow
 
 clean:

@@ -6,6 +6,7 @@ Each function answers plain JSON values. Nothing here prints.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import InvalidCheckpoint, InvalidFormat, MissingFile, UserError
+from core.errors import InvalidFormat, InvalidRecipe, MissingFile, UserError
 
 if TYPE_CHECKING:
     from core.recipe.recipe import Recipe
-    from core.recipe.tensor_format import TensorFormat
+    from core.recipe.rounding import RoundingSpec
 
 Json = dict[str, Any]
 Progress = Callable[[float, str], None]
@@ -150,87 +151,33 @@ def measure_format(text: str, values: Matrix, seed: int) -> Json:
 
 
 def measure_layer(rounding: str, text: str, layer: Path, bits: float | None) -> Json:
-    """Round one layer and compare its distortion with the information-theoretic limit at the bits it takes.
-
-    distortion = tr((W - Q) S (W - Q)^T) / (out * in); limit: reverse waterfilling (see `waterfilling`).
-    """
-    import torch
-
-    from core.recipe.rounding import RoundingSpec
+    """Round one layer and compare its distortion with the information-theoretic limit at the bits it takes."""
     from core.recipe.tensor_format import MAX_BITS, parse
-    from core.rounding.base import round_tensor
+    from core.rounding.layer import Layer
 
-    weight, covariance = read_layer(layer)
-    if bits is not None and not 1 <= bits <= MAX_BITS:
-        raise InvalidFormat(f"{bits:g} bits", where="--bits", hint=f"1 to {MAX_BITS} bits")
-    chosen: TensorFormat = parse(text) if bits is None else parse(text).with_bits(bits)
-    encoded = round_tensor(torch.from_numpy(weight), chosen, RoundingSpec(name=rounding), sensitivity=None, seed=0)
-    error = weight.astype(np.float64) - encoded.decode().double().numpy()
-    distortion = float(np.einsum("oi,ij,oj->", error, covariance, error, optimize=True) / weight.size)
-    rate = 8 * encoded.nbytes / weight.size
-    variances = np.mean(weight.astype(np.float64) ** 2) * np.clip(np.linalg.eigvalsh(covariance), 0, None)
-    return {
-        "rounding": rounding,
-        "format": str(chosen),
-        "bits_per_param": rate,
-        "stored_bytes": encoded.nbytes,
-        "distortion": distortion,
-        "limit": waterfilling(variances, rate),
-        "gap_bits": rate - rate_at(variances, distortion),
-    }
+    chosen, spec = parse(text), rounding_of(rounding)
+    if bits is not None:
+        if not 0 < bits <= MAX_BITS:
+            raise InvalidFormat(f"{bits:g} bits", where="--bits", hint=f"at most {MAX_BITS} bits")
+        chosen = chosen.with_bits(bits)
+    return Layer.read(layer).measure(chosen, spec)
 
 
-def read_layer(path: Path) -> tuple[Matrix, NDArray[np.float64]]:
-    """`weight` (out, in) and the symmetric `covariance` (in, in) of a layer file."""
-    from core.storage.checkpoint import CheckpointIndex
-    from core.storage.sources import LocalFile
-    from core.tensors.reader import read_tensor
+def rounding_of(text: str) -> RoundingSpec:
+    """A method by its name, or with parameters as a JSON object; InvalidRecipe says what is wrong with it."""
+    from pydantic import ValidationError
 
-    if not path.is_file():
-        raise MissingFile("no such file", where=str(path))
-    index = CheckpointIndex.from_files({path.name: LocalFile(path)})
-    for name in ("weight", "covariance"):
-        if name not in index.tensors:
-            raise InvalidCheckpoint(f"holds no tensor `{name}`", where=str(path))
-    weight = read_tensor(index, "weight").float().numpy()
-    covariance = read_tensor(index, "covariance").double().numpy()
-    if weight.ndim != 2 or covariance.shape != (weight.shape[1], weight.shape[1]):
-        raise InvalidCheckpoint(f"shapes {weight.shape} and {covariance.shape} do not fit", where=str(path))
-    if not weight.size or not np.isfinite(covariance).all():
-        raise InvalidCheckpoint("an empty weight, or a covariance that is not finite", where=str(path))
-    return weight, (covariance + covariance.T) / 2
+    from core.recipe.problems import recipe_error
+    from core.recipe.rounding import RoundingSpec
 
-
-def waterfilling(variances: NDArray[np.float64], rate: float) -> float:
-    """The least mean distortion of independent Gaussians with these variances at `rate` bits each.
-
-    Reverse waterfilling (Cover & Thomas, section 10.3.3): D(tau) = mean min(v, tau) at
-    R(tau) = mean log2 max(1, v/tau)/2.
-    In closed form: with k components active, log2 tau = (sum of their log2 v - 2 n R)/k; k is right when
-    v_{k+1} <= tau <= v_k.
-    """
-    ordered = np.sort(variances[variances > 0])[::-1]
-    if ordered.size == 0:
-        return 0.0
-    counts = np.arange(1, ordered.size + 1)
-    levels = 2.0 ** ((np.cumsum(np.log2(ordered)) - 2 * variances.size * rate) / counts)
-    following = np.append(ordered[1:], 0.0)
-    level = float(levels[np.argmax((levels <= ordered) & (levels >= following))])
-    return float(np.sum(np.minimum(ordered, level)) / variances.size)
-
-
-def rate_at(variances: NDArray[np.float64], distortion: float) -> float:
-    """The inverse of `waterfilling`: bits per component below which no code reaches `distortion`."""
-    ordered = np.sort(variances)[::-1]
-    if distortion >= float(np.mean(ordered)):
-        return 0.0
-    below = np.append(np.cumsum(ordered[::-1])[::-1][1:], 0.0)  # sum of the components after the k-th
-    levels = (variances.size * distortion - below) / np.arange(1, ordered.size + 1)
-    following = np.append(ordered[1:], 0.0)
-    level = levels[np.argmax((levels <= ordered) & (levels >= following))]
-    if level <= 0:
-        return float("inf")
-    return float(np.mean(0.5 * np.log2(np.maximum(1.0, ordered / level))))
+    try:
+        given = json.loads(text) if text.lstrip().startswith("{") else text
+        return RoundingSpec.model_validate(given)
+    except ValidationError as error:
+        raise recipe_error(error, RoundingSpec) from None
+    except (ValueError, RecursionError) as error:
+        hint = 'a name, or a JSON object such as {"name": "nearest"}'
+        raise InvalidRecipe(f"not JSON: {error}"[:200], where="--rounding", hint=hint) from None
 
 
 def _device(name: str) -> str:

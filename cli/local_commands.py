@@ -169,9 +169,19 @@ def measure_format(
 
 @layer_app.command("measure")
 def measure_layer(
-    rounding: Annotated[str, typer.Option("--rounding", help="A rounding method.", metavar="METHOD")],
+    rounding: Annotated[
+        str,
+        typer.Option("--rounding", help='A method, or JSON: {"name": "gptq", "columns": "pivot"}.', metavar="METHOD"),
+    ],
     text: Annotated[str, typer.Option("--format", help="A format string.", metavar="FORMAT")],
-    layer: Annotated[Path, typer.Option("--layer", help="Holds `weight` (out, in) and `covariance` (in, in).")],
+    layer: Annotated[
+        Path,
+        typer.Option(
+            "--layer",
+            help="Safetensors: `weight` (out, in), `covariance` (in, in); if known `cross` (in, in), `tokens` (1,).",
+            metavar="FILE",
+        ),
+    ],
     bits: Annotated[float | None, typer.Option("--bits", help="Another width for the format.")] = None,
     json: AsJson = False,
 ) -> None:

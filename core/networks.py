@@ -4,15 +4,15 @@ Promise: what is returned computes with exactly the checkpoint's weights. Every 
 used (but those that the architecture itself declares superfluous), shapes were compared before memory was taken, and
 tied tensors are one parameter. No code, no kernel and no file beside the checkpoint is ever loaded: the keys of a
 config that ask for such things are dropped. Memory: the network and one tensor. It does not train, generate or cache.
+A network that holds no weights until they are asked for is `core.hollow`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,17 +21,15 @@ import torch
 from torch import nn
 
 from core.errors import BitmillError, InvalidCheckpoint, MissingFile, UnsupportedArchitecture
+from core.network_tensors import Place, Weights, check_filled, fill, names_by_parameter, places_of
 from core.storage.checkpoint import CheckpointIndex
-from core.tensors.dtypes import FLOATING
 from core.tensors.reader import read_tensor
-
-Weights = Callable[[str], torch.Tensor]
 
 _LANGUAGE_MODELS = ("CausalLM", "LMHead")
 _MAX_BUFFER_BYTES = 1 << 30
 # Where torchao is installed, transformers imports it, and it tells which kernels for other devices it cannot load.
 _LOUD = ("torchao", "torch.utils._pytree")
-# What a config may not decide here: code to load, kernels to fetch, dtypes, quantisers.
+# What a config may not decide here: code to load, kernels to fetch, dtypes, quantisers, what is kept of a pass.
 _DROPPED = frozenset(
     {
         "auto_map",
@@ -52,46 +50,15 @@ _DROPPED = frozenset(
         "model_type",
         "transformers_version",
         "tie_word_embeddings",
+        "output_hidden_states",
+        "output_attentions",
     }
 )
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MAX_EXPERTS = 1 << 16
-_RENAMED = (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."))
-# Experts stored one by one go into the stacked parameters of the network: (parameter, part of the second dimension).
-_EXPERT = re.compile(r"^(.+\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_EXPERT_PARTS = {
-    "gate_proj": ("gate_up_proj", 0),
-    "w1": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-    "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None),
-    "w2": ("down_proj", None),
-}
-_OLD_ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 
 _TENSOR_NAMES: WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint's tensor goes: a tensor of the network, one expert of it, or half the rows of that expert."""
-
-    target: str
-    expert: int | None = None
-    half: int | None = None
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of `tensor` that this is; a view."""
-        if self.expert is None:
-            return tensor
-        chosen = tensor[self.expert]
-        return chosen if self.half is None else chosen.chunk(2)[self.half]
-
-    def fits(self, targets: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the network has it."""
-        target = targets.get(self.target)
-        return target is not None and (self.expert is None or (target.ndim == 3 and self.expert < len(target)))
 
 
 def load_network(
@@ -102,17 +69,27 @@ def load_network(
     Raises MissingFile without a config, UnsupportedArchitecture when it is not that of a causal language model which
     the transformers library knows, InvalidCheckpoint when config and tensors do not fit.
     """
-    config = _network_config(index)
-    skeleton = _build(index, config, "meta", dtype)
-    places = _places(index, skeleton)
-    _check_filled(skeleton, places)
-    del skeleton
-    network = _build(index, config, device, dtype)
-    _fill(network, places, weights or partial(read_tensor, index))
+    config = network_config(index)
+    places = checked_places(index, config, dtype)
+    network = build(index, config, device, dtype)
+    fill(network.state_dict(keep_vars=True), places.items(), weights or partial(read_tensor, index))
     network.requires_grad_(False).eval()
-    _TENSOR_NAMES[network] = _names_by_parameter(network, places)
-    _check_causal(index, network, device)
+    _TENSOR_NAMES[network] = names_by_parameter(network, places)
+    with torch.inference_mode(), forward_pass(index):
+        logits = next_token_logits(network, causality_probe(network).to(device))
+    check_causal(index, logits)
     return network
+
+
+def checked_places(index: CheckpointIndex, config: Any, dtype: torch.dtype) -> dict[str, Place]:
+    """Where each tensor goes in the network of that config, found without memory for weights.
+
+    InvalidCheckpoint names a tensor that is missing, that has no place or another shape.
+    """
+    skeleton = build(index, config, "meta", dtype)
+    places = places_of(index, skeleton)
+    check_filled(skeleton, places)
+    return places
 
 
 def tensor_names(network: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -147,7 +124,7 @@ def _input_embeddings(network: nn.Module) -> Any:
     return known.get_input_embeddings()
 
 
-def _network_config(index: CheckpointIndex) -> Any:
+def network_config(index: CheckpointIndex) -> Any:
     """The config as the transformers library sees it, with nothing in it that reaches outside the checkpoint."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -207,8 +184,8 @@ def _check_counts(index: CheckpointIndex) -> None:
                 )
 
 
-def _build(index: CheckpointIndex, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
-    """The network with memory for its weights but no values in it; buffers have theirs."""
+def build(index: CheckpointIndex, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+    """The network with memory for its weights but no values in it; buffers have theirs, except on `meta`."""
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM
@@ -231,89 +208,29 @@ def _build(index: CheckpointIndex, config: Any, device: str, dtype: torch.dtype)
     return module
 
 
-@torch.inference_mode()
-def _check_causal(index: CheckpointIndex, network: nn.Module, device: str) -> None:
-    """Refuse a network whose first answer depends on the second token: an encoder under a language model's name."""
-    ids = torch.tensor([[0, 0], [0, 1]], device=device) % _input_embeddings(network).weight.shape[0]
+def causality_probe(network: nn.Module) -> torch.Tensor:
+    """Two sequences of two tokens (2, 2) that differ in the second."""
+    rows: int = _input_embeddings(network).weight.shape[0]
+    return torch.tensor([[0, 0], [0, 1]]) % rows
+
+
+@contextmanager
+def forward_pass(index: CheckpointIndex) -> Iterator[None]:
+    """Around the first pass through a network: what it raises becomes UnsupportedArchitecture, with the reason."""
     try:
-        first, second = next_token_logits(network, ids)[:, 0].float()
-    except (torch.OutOfMemoryError, MemoryError):
+        yield
+    except (torch.OutOfMemoryError, MemoryError, BitmillError):
         raise
     except Exception as error:  # a kernel that is not installed, a config that only the forward pass contradicts
         raise _unsupported(index, f"its forward pass fails: {_first_line(error)}") from error
-    noise = 1e-4 if next(network.parameters()).dtype == torch.float32 else 1e-2  # of kernels, relative to the largest
+
+
+def check_causal(index: CheckpointIndex, answered: torch.Tensor) -> None:
+    """Refuse a network whose first answer depends on the second token: an encoder under a language model's name.
+
+    `answered`: what it, or a part of it, made of `causality_probe` (2, 2, features).
+    """
+    first, second = answered[:, 0].float()
+    noise = 1e-4 if answered.dtype == torch.float32 else 1e-2  # of kernels, relative to the largest
     if (first - second).abs().max() > noise * first.abs().max():
         raise _unsupported(index, "it attends to later tokens too")
-
-
-def _places(index: CheckpointIndex, skeleton: nn.Module) -> dict[str, _Place]:
-    """Where each counted tensor goes; InvalidCheckpoint names one that has no place or another shape."""
-    targets: Mapping[str, torch.Tensor] = skeleton.state_dict(keep_vars=True)
-    prefix = str(getattr(skeleton, "base_model_prefix", ""))
-    taken: dict[_Place, str] = {}
-    for name in index.names:
-        place = next((place for place in _candidates(name, prefix) if place.fits(targets)), None)
-        if place is None:
-            if _is_superfluous(name, skeleton):
-                continue
-            raise InvalidCheckpoint("the architecture of the config has no such tensor", where=name)
-        _check_shape(index, name, place.of(targets[place.target]))
-        if other := taken.get(place):
-            raise InvalidCheckpoint(f"is the same parameter as {other}", where=name)
-        taken[place] = name
-    return {name: place for place, name in taken.items()}
-
-
-def _candidates(name: str, prefix: str) -> Iterator[_Place]:
-    """The places a tensor of that name may have, likeliest first."""
-    yield _Place(name)
-    yield _Place(f"{prefix}.{name}")
-    for stored, used in _RENAMED:
-        yield _Place(name.replace(stored, used))
-    if found := _EXPERT.match(name.replace(".block_sparse_moe.", ".mlp.")):
-        parameter, half = _EXPERT_PARTS[found[3]]
-        yield _Place(f"{found[1]}.{parameter}", int(found[2]), half)
-
-
-def _is_superfluous(name: str, skeleton: nn.Module) -> bool:
-    """Whether the architecture declares that checkpoints may hold this tensor and that it is not needed."""
-    patterns = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return bool(_OLD_ROTARY.search(name)) or any(re.search(pattern, name) for pattern in patterns)
-
-
-def _check_shape(index: CheckpointIndex, name: str, wanted: torch.Tensor) -> None:
-    entry = index.tensors[name]
-    if tuple(wanted.shape) != entry.shape:
-        raise InvalidCheckpoint(f"has shape {list(entry.shape)}, the config asks for {list(wanted.shape)}", where=name)
-    if wanted.is_floating_point() and entry.dtype not in FLOATING:
-        raise InvalidCheckpoint(f"holds {entry.dtype}, which are not weights as they are used", where=name)
-
-
-def _check_filled(skeleton: nn.Module, places: Mapping[str, _Place]) -> None:
-    """InvalidCheckpoint names the first parameter that the checkpoint does not fill."""
-    targets: Mapping[str, torch.Tensor] = skeleton.state_dict(keep_vars=True)
-    filled: dict[int, int] = {}
-    for place in places.values():
-        target = targets[place.target]
-        filled[id(target)] = filled.get(id(target), 0) + place.of(target).numel()
-    for name, parameter in skeleton.named_parameters():
-        if filled.get(id(parameter), 0) != parameter.numel():
-            raise InvalidCheckpoint("the checkpoint lacks this tensor or a part of it", where=name)
-
-
-@torch.no_grad()
-def _fill(network: nn.Module, places: Mapping[str, _Place], weights: Weights) -> None:
-    targets: Mapping[str, torch.Tensor] = network.state_dict(keep_vars=True)
-    for name, place in places.items():
-        part, given = place.of(targets[place.target]), weights(name)
-        if part.shape != given.shape:
-            raise BitmillError(f"planned as {list(part.shape)}, is {list(given.shape)}", where=name)
-        part.copy_(given)
-
-
-def _names_by_parameter(network: nn.Module, places: Mapping[str, _Place]) -> dict[str, tuple[str, ...]]:
-    targets: Mapping[str, torch.Tensor] = network.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, place in places.items():
-        names.setdefault(id(targets[place.target]), []).append(name)
-    return {name: tuple(names[id(parameter)]) for name, parameter in network.named_parameters()}

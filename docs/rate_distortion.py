@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -450,16 +451,23 @@ def _rounded(value: str | float) -> str | float:
     return value if isinstance(value, str) else float(f"{value:.7g}")
 
 
-def main(arguments: list[str]) -> None:
-    """Measure if asked to, then draw and write the tables."""
+def svg(picture: Json) -> str:
+    """A picture as SVG; its clips are numbered from 1, while the library counts on through all that a process draws."""
     import vl_convert
 
+    drawn = str(vl_convert.vegalite_to_svg(picture))
+    numbers = {name: f"clip{at + 1}" for at, name in enumerate(dict.fromkeys(re.findall(r"clip\d+", drawn)))}
+    return re.sub(r"clip\d+", lambda found: numbers[found[0]], drawn)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure if asked to, then draw and write the tables."""
     if "--measure" in arguments:
         NUMBERS.write_text(written(measure()), "utf-8")
         MODEL_NUMBERS.write_text(written(measure_models()), "utf-8")
     rows, limits = read(NUMBERS.read_text("utf-8"))
     models = read_models(MODEL_NUMBERS.read_text("utf-8"))
-    PICTURE.write_text(vl_convert.vegalite_to_svg(chart(rows, limits)), "utf-8")
+    PICTURE.write_text(svg(chart(rows, limits)), "utf-8")
     PAGE.write_text(page_with(PAGE.read_text("utf-8"), rows, limits, models), "utf-8")
 
 

@@ -20,16 +20,26 @@ Encode = Callable[[str, TensorFormat], EncodedTensor]  # a tensor as it will be 
 
 
 class Resolved:
-    """(tensor, format) -> the format with what only the tensor tells; `check` is called before a tensor is read."""
+    """(tensor, format) -> the format with what only the tensor tells; `check` is called before a tensor is read.
 
-    def __init__(self, index: CheckpointIndex, device: str, check: Callable[[], None], encode: Encode) -> None:
-        self._index, self._device, self._check, self._encode = index, device, check, encode
+    `stored`: the format in which the rounding method stores what is asked for in another.
+    """
+
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        device: str,
+        check: Callable[[], None],
+        encode: Encode,
+        stored: Callable[[TensorFormat], TensorFormat] = lambda fmt: fmt,
+    ) -> None:
+        self._index, self._device, self._check, self._encode, self._stored = index, device, check, encode, stored
         self._outliers: dict[tuple[str, str | int, tuple[str, float]], int] = {}
         self._coded: dict[tuple[str, str], int] = {}
 
     def __call__(self, name: str, text: str) -> str:
         try:
-            return self._found(name, parse(text))
+            return self._found(name, self._stored(parse(text)))
         except BitmillError as error:
             raise error.at(name) from None
 

@@ -18,7 +18,7 @@ from core.recipe.tensor_format import parse
 class TensorResult:
     """One tensor as stored. `bits`: stored bits per element; `predicted_kl` in nats per token, None without Fisher.
 
-    `fitted`: the parameter that its format left open.
+    `fitted`: the parameter that its format left open. `notes`: what its rounding had to do otherwise than asked.
     """
 
     name: str
@@ -31,6 +31,7 @@ class TensorResult:
     fisher_mean: float | None = None
     predicted_kl: float | None = None
     fitted: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def bits(self) -> float:
@@ -38,14 +39,15 @@ class TensorResult:
 
     def to_json(self) -> dict[str, Any]:
         """The row of the per-tensor table."""
-        values = {key: rounded(value) for key, value in asdict(self).items() if (key, value) != ("fitted", None)}
+        values = {key: rounded(value) for key, value in asdict(self).items() if value or key not in ("fitted", "notes")}
+        values |= {"notes": list(self.notes)} if self.notes else {}
         return values | {"shape": list(self.shape), "bits": rounded(self.bits)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> TensorResult:
         """The result back from its row."""
         fields = {key: value for key, value in row.items() if key not in ("bits", "kl_share")}
-        return cls(**fields | {"shape": tuple(row["shape"])})
+        return cls(**fields | {"shape": tuple(row["shape"]), "notes": tuple(row.get("notes", ()))})
 
 
 def rounded(value: Any) -> Any:

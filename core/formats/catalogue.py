@@ -31,7 +31,10 @@ _FAMILIES = {
         "AF4: least absolute error of a normalised block; the published rule, or -l1 for the true optimum",
     ),
     "bof": ("bof4-s@64", "BOF4: least error of a block of Normal weights; -mae, and -s for the signed maximum"),
-    "lloyd": ("lloyd4@64", "Lloyd-Max codebook fitted to each tensor; -weighted by sensitivities"),
+    "lloyd": (
+        "lloyd4@64",
+        "Lloyd-Max codebook fitted to each tensor; -weighted by sensitivities; -rows: a codebook for each row",
+    ),
     "power": (
         "power4@64",
         "powers of a uniform grid (PowerQuant, NUPES); power0.7_4 gives the exponent, power4 fits it",
@@ -42,6 +45,7 @@ _FAMILIES = {
     ),
 }
 _OUTLIER_VALUE_BITS = 16
+_CODEBOOK_BITS = 16  # a value, where every row has a codebook
 _GRID_SHOWN = 4.0  # RMS
 _LONG = 1 << 24  # elements of the tensor that shares of outliers are counted on
 
@@ -98,6 +102,7 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
     rule = (fmt.outlier_rule or ("outliers", 0.0))[0]
     unknown = [] if rule == "outliers" else [f"outliers: how many {rule} finds only the data tell"]
     unknown += [f"{fmt.entropy_code}: what it saves only the data tell"] if fmt.entropy_code else []
+    unknown += [f"codebooks: {_CODEBOOK_BITS * fmt.codes} bits a row"] if fmt.has_row_codebooks else []
     described |= {"not_counted": "; ".join(unknown)} if unknown else {}
     fitted = "codebook" if fmt.family == "lloyd" else fmt.fitted
     return described | ({"fitted": fitted} if fitted else {})

@@ -85,8 +85,8 @@ def started(fmt: TensorFormat) -> TensorFormat:
 
 
 def is_open(fmt: TensorFormat) -> bool:
-    """Whether the table is fitted to each tensor."""
-    return fmt.fitted is not None or fmt.family == "lloyd"
+    """Whether one table is fitted to each tensor."""
+    return fmt.fitted is not None or (fmt.family == "lloyd" and not fmt.has_row_codebooks)
 
 
 def depends_on_block(fmt: TensorFormat) -> bool:

@@ -148,10 +148,11 @@ def stored_parts(
 
     `codes`: packed, U8, or entropy coded, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are
     multiplied with. `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from
-    which alone it is decoded. `fitted`: the parameter that was fitted. `step`, `centroids`: of a grid, its step and how
-    far below k steps, in steps, the numbers of cell k = 1, 2, 3 or more are decoded. `outlier_values`, `outlier_index`:
-    see `sparse_index`. `seed`: of a random rotation. `outliers`, `coded`: their number and the bytes of entropy-coded
-    codes where the data decide these and the format does not tell.
+    which alone it is decoded; where rows have their own, F16 (rows, codes), each ascending. `fitted`: the parameter
+    that was fitted. `step`, `centroids`: of a grid, its step and how far below k steps, in steps, the numbers of cell
+    k = 1, 2, 3 or more are decoded. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of a rotation.
+    `column_scales`: of the input dimensions. `outliers`, `coded`: their number and the bytes of entropy-coded codes
+    where the data decide these and the format does not tell.
     """
     if fmt.is_block_type:
         return {"codes": ("U8", (_block_bytes(fmt, shape),))}
@@ -162,9 +163,12 @@ def stored_parts(
         parts["scale_offset"] = ("F32", (1,))
         parts["scale_absmax"] = ("F32", (-(-prod(scale_shape(fmt, shape)) // DOUBLE_BLOCK),))
     if fmt.is_codebook:
-        parts["codebook"] = ("F32", (fmt.table_size,))
+        of_rows = ("F16", (matrix_shape(shape)[0], fmt.codes))
+        parts["codebook"] = of_rows if fmt.has_row_codebooks else ("F32", (fmt.table_size,))
     if fmt.is_grid:
         parts |= {"step": ("F32", (1,)), "centroids": ("F16", (CENTROIDS,))}
+    if fmt.has_column_scales:
+        parts["column_scales"] = ("U8", matrix_shape(shape)[1:])
     if fmt.fitted:
         parts["fitted"] = ("F64", (1,))
     if fmt.outlier_rule:

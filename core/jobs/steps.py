@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.ids import content_hash
+from core.recipe import allocation, rounding
 
 StepKind = Literal["fetch", "calibrate", "allocate", "quantise", "assemble", "evaluate", "export"]
 STEP_KINDS: tuple[StepKind, ...] = get_args(StepKind)
 
 # Bumped when a step would answer differently for the same request, so that stored results are not reused.
-METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1) | {"allocate": 2, "quantise": 2}
+METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1) | {"allocate": 3, "quantise": 3}
 
 # The parts of a canonical recipe that decide a step, beside the outputs of the steps that it depends on.
 _RECIPE_PARTS: dict[StepKind, tuple[str, ...]] = {
@@ -103,12 +104,17 @@ def dependencies_of(kind: StepKind, recipe: dict[str, Any]) -> tuple[StepKind, .
 def recipe_params(kind: StepKind, recipe: dict[str, Any]) -> dict[str, Any]:
     """`params` of a step: its part of a canonical recipe; export, which writes the recipe down, gets all of it.
 
+    `calibrate` is told what to gather when that is more than Fisher information, which all recipes have in common.
     `fetch` gets its source from whoever knows the checkpoint: {"files": [...]} of a finished upload, or
     {"source": {"kind": "path" | "hf" | "s3", ...}, "checkpoint": id}.
     """
     if kind == "export":
         return {"recipe": recipe}
-    return {part: recipe[part] for part in _RECIPE_PARTS[kind]}
+    params = {part: recipe[part] for part in _RECIPE_PARTS[kind]}
+    by_inputs = rounding.needs_covariance(recipe["rounding"]) or allocation.needs_covariance(recipe["allocation"])
+    if kind == "calibrate" and by_inputs:
+        params["gather"] = ["fisher", "covariance"]
+    return params
 
 
 def step_seed(kind: StepKind, recipe: dict[str, Any]) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from core.allocation import higgs
+from core.allocation.baq import Baq
 from core.allocation.fisher import Fisher
 from core.allocation.forecast import Evidence, Floats, Forecast, Scales
 from core.allocation.guards import warnings
@@ -28,21 +30,23 @@ from core.errors import BitmillError, InfeasibleTarget
 from core.evaluation.divergence import evaluate as compare
 from core.exports.layout import KEEP
 from core.exports.report import rounded
-from core.formats.stored import matrix_shape
 from core.ids import derived_seed
 from core.jobs.steps import StepOutput, StepRequest
+from core.network_tensors import places_of
 from core.pipeline.assemble import open_files
-from core.pipeline.calibrate import FISHER_FILE
+from core.pipeline.calibrate import COVARIANCE_FILE, FISHER_FILE
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import open_checkpoint
-from core.pipeline.forward import network_of, resolve_device, windows_of
+from core.pipeline.forward import listening, network_of, resolve_device, windows_of
 from core.pipeline.plan_file import PLAN_FILE, Plan, PlannedTensor
+from core.pipeline.sensitivities import Sensitivities
 from core.recipe.allocation import AllocationSpec
 from core.recipe.override import Override
 from core.recipe.rounding import RoundingSpec
 from core.recipe.target import Target
 from core.recipe.tensor_format import TensorFormat, parse
-from core.rounding.base import Sensitivity, round_tensor
+from core.rounding.base import round_tensor
+from core.sensitivity.covariance import Covariances
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.encoded import EncodedTensor
@@ -100,8 +104,27 @@ def method_of(name: str, sizes: Sizes, base: TensorFormat, forecast: Forecast | 
     if name == "heuristic":
         return lambda budget: heuristic(sizes, base, budget)
     if forecast is None:
-        raise BitmillError("allocation by Fisher information without calibration", where="allocation")
+        raise BitmillError("allocation by predicted KL without calibration", where="allocation")
     return Fisher(sizes, base, forecast)
+
+
+def measured_evidence(
+    source: CheckpointIndex, ctx: StepContext, calibration: dict[str, Any], space: Space, seed: int
+) -> Evidence:
+    """What noise in each tensor of the groups costs, on a few windows of the calibration text (`higgs`)."""
+    few = calibration | {"sequences": min(calibration["sequences"], higgs.SEQUENCES)}
+    windows, network = windows_of(source, few, "calibration"), network_of(source, ctx.device)
+    places, state = places_of(source, network), network.state_dict(keep_vars=True)
+    members = [name for group in space.groups for name in group.members if name in places]
+    tensors = {name: places[name].of(state[places[name].target]) for name in members}
+    return higgs.evidence(higgs.measured(network, tensors, windows.ids, seed, listening(ctx)), space.groups)
+
+
+def _by_output_errors(ctx: StepContext, calibrated: list[StepOutput], sizes: Sizes, base: TensorFormat) -> Method:
+    if not calibrated or COVARIANCE_FILE not in calibrated[0].files:
+        raise BitmillError("allocation by the covariance of inputs without one", where="allocation")
+    stored = open_files(ctx, {"covariance": calibrated[0].files[COVARIANCE_FILE]})
+    return Baq(sizes, base, Covariances.from_index(stored).of, ctx.device, _ticker(ctx.within(0.0, 0.4), sizes.space))
 
 
 @dataclass(frozen=True)
@@ -112,13 +135,12 @@ class _Encoding:
     ctx: StepContext
     rounding: RoundingSpec
     evidence: Evidence | None
+    sensitivities: Sensitivities
     seed: int
 
     def __call__(self, name: str, fmt: TensorFormat) -> EncodedTensor:
         weight = read_tensor(self.source, name)
-        sums = self.evidence.rows(name) if self.evidence else None
-        rows = matrix_shape(tuple(weight.shape))[0]
-        sensitivity = Sensitivity.by_rows(None if sums is None else torch.from_numpy(sums), rows)
+        sensitivity = self.sensitivities.of(name, tuple(weight.shape), self.ctx.device)
         seed, on_device = derived_seed(self.seed, name), weight.to(self.ctx.device)
         return round_tensor(on_device, fmt, self.rounding, sensitivity=sensitivity, seed=seed)
 
@@ -133,7 +155,7 @@ class _Job:
     sizes: Sizes
     forecast: Forecast | None
     method: Method
-    is_fisher: bool
+    by_loss: bool
     calibration: dict[str, Any]
     encoding: _Encoding
     unmatched: tuple[str, ...]
@@ -147,18 +169,25 @@ class _Job:
         overrides = [Override.model_validate(one) for one in params["overrides"]]
         space = build_space(source, base, spec, overrides, params["groups"])
         evidence = read_evidence(ctx, calibrated[0], space) if calibrated else None
-        encoding = _Encoding(source, ctx, RoundingSpec.model_validate(params["rounding"]), evidence, request.seed)
-        sizes, forecast = Sizes(source, space, Resolved(source, ctx.device, ctx.check, encoding)), None
+        rounding = RoundingSpec.model_validate(params["rounding"])
+        sensitivities = Sensitivities.of_step(ctx, calibrated, rounding)
+        encoding = _Encoding(source, ctx, rounding, evidence, sensitivities, request.seed)
+        resolved = Resolved(source, ctx.device, ctx.check, encoding, rounding.stored_format)
+        sizes, forecast = Sizes(source, space, resolved), None
         if evidence is not None:
-            forecast = Forecast(source, evidence, ctx.device, _ticker(ctx.within(0.0, 0.5), space))
+            known, by_noise = evidence, spec.name == "higgs"
+            if by_noise:
+                known = measured_evidence(source, ctx.within(0.0, 0.4), params["calibration"], space, request.seed)
+            forecast = Forecast(source, known, ctx.device, _ticker(ctx.within(0.4 * by_noise, 0.5), space))
+        by_output = _by_output_errors(ctx, calibrated, sizes, base) if spec.name == "baq" else None
         return cls(
             ctx=ctx,
             source=source,
             target=Target.model_validate(params["target"]),
             sizes=sizes,
             forecast=forecast,
-            method=method_of(spec.name, sizes, base, forecast),
-            is_fisher=spec.name == "fisher",
+            method=by_output or method_of(spec.name, sizes, base, forecast),
+            by_loss=spec.name in ("fisher", "higgs"),
             calibration=params["calibration"] or {},
             encoding=encoding,
             unmatched=tuple(one.match for one in overrides if not any(fnmatchcase(n, one.match) for n in source.names)),
@@ -223,7 +252,7 @@ class _Job:
             predicted_kl=rounded(self.forecast.total(_encoded(choice))) if self.forecast else None,
             warnings=(
                 *(f"the override {match} matches no tensor" for match in self.unmatched),
-                *warnings(self.sizes.space, formats, self.forecast, by_fisher=self.is_fisher),
+                *warnings(self.sizes.space, formats, self.forecast, by_fisher=self.by_loss),
             ),
             rounds=tuple({"bits_per_param": rounded(one.bits), "kl": rounded(one.kl)} for one in rounds),
         )
@@ -231,7 +260,7 @@ class _Job:
     def _planned(self, name: str, text: str, stored_as: str) -> PlannedTensor:
         """A row of the plan; a tensor about which nothing is known has no prediction."""
         entry, forecast = self.source.tensors[name], self.forecast
-        mean = forecast.evidence.means.get(name) if forecast else None
+        mean = self.encoding.evidence.means.get(name) if self.encoding.evidence else None
         stored = entry.nbytes if text == KEEP else self.sizes.tensor(name, text)
         predicted = 0.0 if forecast and text == KEEP else None
         if forecast and text != KEEP and forecast.evidence.mean(name) > 0:

@@ -27,7 +27,15 @@ def required_scratch_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
         weights = index.size_bytes
     weights = min(weights, index.size_bytes)
     others = sum(source.size for path, source in index.files.items() if path not in index.headers)
-    return 3 * weights + others
+    return 3 * weights + others + _covariance_bytes(index, recipe)
+
+
+def _covariance_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
+    """The file of input covariances, if every matrix had inputs of its own."""
+    if not (recipe.rounding.needs_covariance or recipe.allocation.name == "baq"):
+        return 0
+    shapes = [index.tensors[name].shape for name in index.names]
+    return sum(4 * shape[-1] ** 2 for shape in shapes if len(shape) > 1)
 
 
 def estimate(index: CheckpointIndex, recipe: Recipe, plan: Plan, device: str, planning_s: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from core.exports import bitmill
 from core.exports.report import TensorResult, coverage, coverage_line, forecast, gate_result, summary, with_shares
 from core.jobs.steps import StepOutput, StepRequest
-from core.pipeline.calibrate import FISHER_FILE
+from core.pipeline.calibrate import COVARIANCE_FILE, FISHER_FILE
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import files_of, open_checkpoint
 from core.pipeline.plan_file import Plan, read_plan
@@ -75,8 +75,14 @@ def build_report(
 
 
 def _calibration(calibrated: StepOutput) -> dict[str, Any]:
-    described = {key: value for key, value in calibrated.values.items() if key != "tensors"}
-    return described | {"sha256": calibrated.files[FISHER_FILE].sha256}
+    described = {key: value for key, value in calibrated.values.items() if key not in ("tensors", "covariance")}
+    described["sha256"] = calibrated.files[FISHER_FILE].sha256
+    if covariance := calibrated.values.get("covariance"):
+        described["covariance"] = {
+            "sha256": calibrated.files[COVARIANCE_FILE].sha256,
+            "not_reached": covariance["not_reached"],
+        }
+    return described
 
 
 def _source_card(source: CheckpointIndex) -> str:

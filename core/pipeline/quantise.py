@@ -8,22 +8,18 @@ Values: {tensors: rows of the per-tensor table}.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from core.errors import BitmillError
 from core.exports.layout import KEEP, StoredTensor, stored_tensor
 from core.exports.report import TensorResult
-from core.formats.stored import matrix_shape
 from core.ids import derived_seed
 from core.jobs.steps import StepOutput, StepRequest
-from core.pipeline.assemble import open_files
-from core.pipeline.calibrate import FISHER_FILE
 from core.pipeline.context import StepContext, require_disk
 from core.pipeline.fetch import open_checkpoint
 from core.pipeline.plan_file import Plan, PlannedTensor, read_plan
+from core.pipeline.sensitivities import Sensitivities
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import parse
-from core.rounding.base import Sensitivity, round_tensor
+from core.rounding.base import round_tensor
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.errors import relative_rms_error
 from core.tensors.reader import read_tensor
@@ -46,7 +42,7 @@ def quantise(request: StepRequest, ctx: StepContext) -> StepOutput:
     path = ctx.scratch / SHARD_FILE
     path.unlink(missing_ok=True)
     planned, rows, done = plan.by_name(), [], 0
-    sensitivities = _sensitivities(ctx, request, tensors)
+    sensitivities = Sensitivities.of_step(ctx, request.outputs("calibrate"), rounding)
     total = sum(source.tensors[tensor.name].nbytes for tensor in tensors) or 1
     with SafetensorsWriter(path, parts, {}) as writer:
         for tensor in tensors:
@@ -72,20 +68,6 @@ def shard_names(source: CheckpointIndex, plan: Plan, index: int, count: int) -> 
     return sorted(mine)
 
 
-def _sensitivities(ctx: StepContext, request: StepRequest, tensors: list[StoredTensor]) -> dict[str, Sensitivity]:
-    """Of the tensors whose format weighs errors; those that calibration did not reach have rows that count alike."""
-    weighing = [tensor for tensor in tensors if tensor.format != KEEP and parse(tensor.format).mode == "weighted"]
-    if not weighing:
-        return {}
-    stored = open_files(ctx, {"fisher": request.outputs("calibrate")[0].files[FISHER_FILE]})
-    found = {}
-    for tensor in weighing:
-        key = f"{tensor.name}.rows"
-        sums = read_tensor(stored, key) if key in stored.tensors else None
-        found[tensor.name] = Sensitivity.by_rows(sums, matrix_shape(tensor.shape)[0])
-    return found
-
-
 def _encode(
     source: CheckpointIndex,
     tensor: StoredTensor,
@@ -94,13 +76,12 @@ def _encode(
     seed: int,
     writer: SafetensorsWriter,
     device: str,
-    sensitivities: Mapping[str, Sensitivity],
+    sensitivities: Sensitivities,
 ) -> TensorResult:
     weight = read_tensor(source, tensor.name).to(device)
+    sensitivity = sensitivities.of(tensor.name, tensor.shape, device)
     try:
-        encoded = round_tensor(
-            weight, parse(tensor.format), rounding, sensitivity=sensitivities.get(tensor.name), seed=seed
-        )
+        encoded = round_tensor(weight, parse(tensor.format), rounding, sensitivity=sensitivity, seed=seed)
     except BitmillError as error:
         raise error.at(tensor.name) from None
     for suffix, data in encoded.parts().items():
@@ -116,4 +97,5 @@ def _encode(
         fisher_mean=planned.fisher_mean,
         predicted_kl=planned.predicted_kl,
         fitted=encoded.fitted,
+        notes=encoded.notes,
     )

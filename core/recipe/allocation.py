@@ -16,6 +16,9 @@ from core.recipe.format_rules import least_grid_bits
 from core.recipe.part import Bits, NamedPart, listed, refuse
 from core.recipe.tensor_format import TensorFormat
 
+_NEED_CALIBRATION = ("fisher", "higgs", "baq")
+_NEED_COVARIANCE = ("baq",)
+
 
 class AllocationSpec(NamedPart):
     """An allocation method; `min_bits` and `max_bits` bound the element bits of every tensor."""
@@ -25,15 +28,18 @@ class AllocationSpec(NamedPart):
         "fisher": "widths by Fisher information: least predicted KL divergence under the budget; needs calibration",
         "uniform": "one width for every tensor: the largest that fits",
         "heuristic": "two more bits for embedding, head, the first two and the last two layers",
-    }
-    LATER: ClassVar[dict[str, str]] = {
-        "baq": "widths from the input covariance",
-        "higgs": "widths from measured loss against perturbation",
+        "higgs": "widths by how much KL divergence noise in each tensor was measured to cost; needs calibration",
+        "baq": "widths by the errors of layers' outputs, from the covariance of inputs; needs calibration",
     }
 
     name: str = "fisher"
     min_bits: Bits | None = None
     max_bits: Bits | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method cannot do without the calibration text."""
+        return self.name in _NEED_CALIBRATION
 
     @model_validator(mode="after")
     def _ordered(self, info: ValidationInfo) -> Self:
@@ -46,6 +52,11 @@ def require_ordered(least: float | None, most: float | None, path: str, info: Va
     if least is not None and most is not None and least > most:
         message = f"min_bits {least:g} is above max_bits {most:g}"
         refuse(InvalidRecipe(message, where=path, errors=({"path": path, "message": message},)), info)
+
+
+def needs_covariance(allocation: dict[str, Any]) -> bool:
+    """Whether a canonical recipe's `allocation` needs the covariance of the layers' inputs."""
+    return AllocationSpec.model_validate(allocation).name in _NEED_COVARIANCE
 
 
 def widths_within(fmt: TensorFormat, least: float | None, most: float | None) -> tuple[float, ...]:

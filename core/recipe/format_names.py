@@ -19,10 +19,11 @@ SCALE_FORMATS = ("bf16", "fp16", "fp32", "e8m0", *(f"e8m0-{rule}" for rule in E8
 
 SCALE_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0, "e8m0": 8.0, "e4m3": 8.0, "dq8": 8.125}  # of long tensors
 
-OUTLIER_RULES = ("outliers", "threshold", "opq")
+OUTLIER_RULES = ("outliers", "threshold", "opq", "iqr")
 ROTATIONS = ("hadamard", "rotate")
 ENTROPY_CODES = ("rans", "huffman")
-OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased", *ENTROPY_CODES)
+COLUMN_SCALES = "columns"
+OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased", COLUMN_SCALES, *ENTROPY_CODES)
 
 MAX_BITS = 16
 MAX_GRID_BITS = 10  # more would need more symbols than a model may have
@@ -47,7 +48,9 @@ ALIASES = {
 NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
 _RULES, _CODES = "|".join(OUTLIER_RULES), "|".join(ENTROPY_CODES)
 _FOUND = r"(?:x([0-9]{1,15}))?"
-_OPTION = re.compile(rf"({_RULES})({NUMBER}){_FOUND}|({_CODES}){_FOUND}|({'|'.join((*ROTATIONS, 'unbiased'))})")
+_OPTION = re.compile(
+    rf"({_RULES})({NUMBER}){_FOUND}|({_CODES}){_FOUND}|({'|'.join((*ROTATIONS, 'unbiased', COLUMN_SCALES))})"
+)
 
 
 def number_text(value: float) -> str:

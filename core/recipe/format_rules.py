@@ -38,7 +38,7 @@ _MODES = {
     "nf": ("",),
     "af": ("", "l1"),
     "bof": ("", "mae", "s", "s-mae"),
-    "lloyd": ("", "weighted"),
+    "lloyd": ("", "weighted", "rows"),
     "power": ("", "power"),
     GRID_FAMILY: ("",),
 }
@@ -55,6 +55,7 @@ _MOST_IN_BLOCK = 10**10
 _MOST_CODED = 4096
 _LEAST_GRID_BITS = 0.1
 _GRID_STATISTICS = ("rms", "absmax")
+_ROW_SCALES = ("bf16", "fp16", "fp32", "e8m0")
 
 
 def require_names(fmt: TensorFormat) -> None:
@@ -212,10 +213,24 @@ def _check_mode(fmt: TensorFormat) -> None:
         parity = " with an odd number of codes" if fmt.codes % 2 and fmt.is_codebook else ""
         allowed = " or ".join(f"-{mode}" if mode else "no mode" for mode in modes)
         raise InvalidFormat(f"{fmt.family}{parity} has no mode {fmt.mode!r}{implied}", hint=allowed)
+    if fmt.has_row_codebooks:
+        _check_rows(fmt)
     if fmt.mode == "mx" and not (fmt.bits == int(fmt.bits) and 2 <= fmt.bits <= 8):
         raise InvalidFormat("int in the mx mode has whole widths from 2 to 8 bits", hint="int4-mx@32:e8m0")
     if fmt.mode == "opt" and (fmt.nu is None and fmt.family == "t"):
         raise InvalidFormat("the optimal codebook needs a given nu", hint="t7_4-opt@64")
+
+
+def _check_rows(fmt: TensorFormat) -> None:
+    """A row's scale only brings its codebook into the range of fp16: there is nothing to choose about it."""
+    if fmt.granularity != "channel":
+        raise InvalidFormat("a codebook for every row has a scale for every row", hint=f"{fmt.element}@channel")
+    if fmt.statistic != "absmax":
+        raise InvalidFormat(f"codebooks of rows are fitted, {fmt.statistic} does not apply", hint="absmax")
+    if fmt.scale_format.partition("-")[0] not in _ROW_SCALES:
+        raise InvalidFormat(f"codebooks of rows with {fmt.scale_format} scales", hint=" or ".join(_ROW_SCALES))
+    if fmt.codes > _MOST_SOLVED:
+        raise InvalidFormat(f"a codebook for every row has up to {_MOST_SOLVED} codes", hint="8 bits at most")
 
 
 def _check_table(fmt: TensorFormat) -> None:
@@ -303,6 +318,11 @@ def _check_options(fmt: TensorFormat) -> None:
         raise InvalidFormat("outliers gives the number itself", hint=f"outliers{number_text(value)}")
     if rule == "threshold" and not 0 < value < math.inf:
         raise InvalidFormat(f"threshold{value:g}: a positive multiple of the tensor's RMS", hint="threshold6")
+    if rule == "iqr" and not 0 < value < math.inf:
+        raise InvalidFormat(f"iqr{value:g}: a positive multiple of the distance of the quartiles", hint="iqr1.6")
+    if fmt.has_column_scales and (not fmt.is_grid or isinstance(fmt.granularity, int) or len(names) > 2):
+        hint = "grid3@tensor+columns, grid3@channel+columns"
+        raise InvalidFormat("scales of columns go with a grid's scales of rows or of the tensor alone", hint=hint)
     if fmt.is_unbiased and fmt.scale_format not in ("bf16", "fp16", "fp32"):
         raise InvalidFormat("unbiased corrects scales of bf16, fp16 or fp32", hint="bf16 scales, or leave it out")
 

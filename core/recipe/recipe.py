@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Strict, Tag, ValidationError, ValidationInfo, model_validator
 
-from core.errors import InvalidRecipe
+from core.errors import InvalidFormat, InvalidRecipe
 from core.recipe.allocation import AllocationSpec, widths_within
 from core.recipe.calibration import CalibrationSpec, EvaluationSpec
 from core.recipe.document import is_file, plain_mapping, read_document, with_settings
@@ -70,7 +70,7 @@ Groups = Annotated[
 class Recipe(Part):
     """A recipe that is whole: `calibration` and `evaluation` are False where the job has none.
 
-    Left out, `calibration` is on when something needs it: the Fisher allocation or a KL target. `format` is canonical
+    Left out, `calibration` is on when something needs it: an allocation by data or a KL target. `format` is canonical
     text (`core.recipe.tensor_format`).
     """
 
@@ -91,7 +91,7 @@ class Recipe(Part):
     def _consistent(self, info: ValidationInfo) -> Self:
         if "calibration" not in self.model_fields_set and self.needs_calibration:
             object.__setattr__(self, "calibration", CalibrationSpec())
-        problems = [*_missing_texts(self), *_empty_widths(self), *_repeated_exports(self)]
+        problems = [*_missing_texts(self), *_empty_widths(self), *_unusable_formats(self), *_repeated_exports(self)]
         if problems:
             path, message, hint = problems[0]
             errors = tuple({"path": path, "message": f"{message} ({hint})"} for path, message, hint in problems)
@@ -100,8 +100,9 @@ class Recipe(Part):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether allocation cannot do without the calibration text."""
-        return self.allocation.name == "fisher" or self.target.kl is not None or self.weighs_errors
+        """Whether allocation or rounding cannot do without the calibration text."""
+        by_method = self.allocation.needs_calibration or self.rounding.needs_covariance
+        return by_method or self.target.kl is not None or self.weighs_errors
 
     @property
     def weighs_errors(self) -> bool:
@@ -200,8 +201,11 @@ def _names_a_file(text: str) -> bool:
 def _missing_texts(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Parts that need a text which the recipe switches off, as (path, message, hint)."""
     found = []
-    if not recipe.calibration and recipe.allocation.name == "fisher":
-        found.append(("allocation", "fisher needs calibration", "allocation: uniform, or give calibration"))
+    if not recipe.calibration and recipe.allocation.needs_calibration:
+        message = f"{recipe.allocation.name} needs calibration"
+        found.append(("allocation", message, "allocation: uniform, or give calibration"))
+    if not recipe.calibration and recipe.rounding.needs_covariance:
+        found.append(("rounding", f"{recipe.rounding.name} needs calibration", "nearest, or give calibration"))
     if not recipe.calibration and recipe.target.kl is not None:
         found.append(("target.kl", "a KL target is measured on the calibration text", "give calibration"))
     if not recipe.calibration and recipe.weighs_errors:
@@ -224,6 +228,19 @@ def _empty_widths(recipe: Recipe) -> list[tuple[str, str, str]]:
         if not widths_within(parse(text), least, most):
             widths = ", ".join(f"{width:g}" for width in parse(text).allowed_widths())
             found.append((path, f"{text} has no width between the bounds", f"its widths: {widths}"))
+    return found
+
+
+def _unusable_formats(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Formats that the rounding method has no use for."""
+    texts = {"format": recipe.format}
+    texts |= {f"overrides.{at}.format": one.format for at, one in enumerate(recipe.overrides) if one.format}
+    found = []
+    for path, text in texts.items():
+        try:
+            recipe.rounding.stored_format(parse(text))
+        except InvalidFormat as error:
+            found.append((path, error.detail, error.hint))
     return found
 
 

@@ -6,17 +6,17 @@
     statistic    = "absmax" | "signmax" | "rms", each also searched: "search", "signmax-search", "rms-search";
                    "fouroversix"
     scale_format = "bf16" | "fp16" | "fp32" | "e8m0" [ "-" rule ] | "e4m3" | "dq8"
-    option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "hadamard" | "rotate" | "unbiased" |
-                   "rans" | "huffman"
+    option       = "outliers" ratio | "threshold" multiple | "opq" quantile | "iqr" multiple | "hadamard" | "rotate" |
+                   "unbiased" | "columns" | "rans" | "huffman"
                    (in artefacts, what was found stands behind the option: outliers "opq0.95x1234", coded bytes
                    "ransx5678")
 
 `grid3` is a uniform grid whose codes are entropy coded (by rans where nothing is said) and whose step is solved so that
 all that is stored takes 3 bits per weight. `t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits,
-exponent), `lloyd4` its whole codebook: that is fitted to each tensor. A `TensorFormat` that exists can be encoded:
-impossible combinations are refused when it is made (`core.recipe.format_rules`), with the reason and the nearest format
-that works. Every format has one canonical text, and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes:
-`core.tensors`.
+exponent), `lloyd4` its whole codebook: that is fitted to each tensor, `lloyd4-rows` a codebook to each row. A
+`TensorFormat` that exists can be encoded: impossible combinations are refused when it is made
+(`core.recipe.format_rules`), with the reason and the nearest format that works. Every format has one canonical text,
+and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes: `core.tensors`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from core.recipe.format_names import (
     ALIASES,
     BLOCK_FAMILY,
     CODEBOOKS,
+    COLUMN_SCALES,
     ENTROPY_CODES,
     FAMILIES,
     GRID_FAMILY,
@@ -118,6 +119,11 @@ class TensorFormat:
         return self.family in CODEBOOKS
 
     @property
+    def has_row_codebooks(self) -> bool:
+        """Whether every output row has a codebook of its own."""
+        return self.family == "lloyd" and self.mode == "rows"
+
+    @property
     def is_block_type(self) -> bool:
         """Whether the format is a container of its own, such as `q4_k`, whose name is its mode."""
         return self.family == BLOCK_FAMILY
@@ -171,7 +177,7 @@ class TensorFormat:
 
     @property
     def outlier_rule(self) -> tuple[str, float] | None:
-        """("outliers" | "threshold" | "opq", number), or None without sparse outliers."""
+        """("outliers" | "threshold" | "opq" | "iqr", number), or None without sparse outliers."""
         found = [split_option(option) for option in self.options]
         return next(((name, value) for name, value in found if name in OUTLIER_RULES and value is not None), None)
 
@@ -219,6 +225,16 @@ class TensorFormat:
     def is_unbiased(self) -> bool:
         """Whether scales are corrected so that decoded rows have the inner product of the rows with themselves."""
         return "unbiased" in self.options
+
+    @property
+    def has_column_scales(self) -> bool:
+        """Whether every input dimension has a scale of its own, beside those of rows or the tensor."""
+        return COLUMN_SCALES in self.options
+
+    @property
+    def with_column_scales(self) -> TensorFormat:
+        """The same with a scale for every input dimension."""
+        return self if self.has_column_scales else replace(self, options=(*self.options, COLUMN_SCALES))
 
     @property
     def element(self) -> str:
@@ -270,9 +286,9 @@ class TensorFormat:
         """The widths, ascending, that an allocator should choose from.
 
         Integers of 2 to 8 bits for int (3 for mx), every mantissa from 0 up to 8 bits for float. Codebooks: 2 (3 under
-        absmax, where clipped block maxima make 2 bits useless) to 8 bits in steps of about a half below 7 bits; the
-        half steps have 3 * 2^k codes, an even number (odd ones lose the zero code or waste one) that packs with little
-        loss. Grids: 1 to 8 bits in half steps, between which all rates exist. A block type has its own.
+        absmax, where clipped block maxima make 2 bits useless, but of rows) to 8 bits in steps of about a half below 7;
+        the half steps have 3 * 2^k codes, an even number (odd ones lose the zero code or waste one) that packs with
+        little loss. Grids: 1 to 8 bits in half steps, between which all rates exist. A block type has its own.
         """
         if self.is_block_type or self.statistic == "fouroversix":
             return (self.bits,)
@@ -284,7 +300,7 @@ class TensorFormat:
         if self.family == "float":
             least = max(3, 1 + (self.exponent_bits or 0)) + (self.mode == "ieee")
             return tuple(float(bits) for bits in range(least, 9)) or (self.bits,)
-        least = 3 if self.base_statistic == "absmax" else 2
+        least = 3 if self.base_statistic == "absmax" and not self.has_row_codebooks else 2
         widths = sorted([*map(float, range(least, 9)), *(_half_step(bits) for bits in range(least, 7))])
         return tuple(bits for bits in widths if self._has_width(bits)) or (self.bits,)
 

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 def round_tensor(
     weight: torch.Tensor,
     fmt: TensorFormat,
-    sensitivity: Sensitivity | None,
+    sensitivity: Sensitivity,
     _spec: RoundingSpec,
     seed: int,
 ) -> EncodedTensor:
     """Every weight to its nearest code."""
-    rows = None if sensitivity is None else sensitivity.row_weights
-    return encode_nearest(weight, fmt, seed=seed, row_weights=rows)
+    return encode_nearest(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)

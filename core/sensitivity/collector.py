@@ -178,7 +178,7 @@ class Collector:
         """What the layer computes, found out at its first call; None, and a reason, when it is nothing known."""
         key = (module, id(weight))
         if key not in self._kinds:
-            self._kinds[key] = _recognise(module, weight, given, output)
+            self._kinds[key] = recognise(module, weight, given, output)
             if self._kinds[key] is None:
                 self._refuse(weight, f"{type(module).__name__} is neither a linear layer nor an embedding")
         return self._kinds[key]
@@ -265,7 +265,7 @@ def _weighted_squares(values: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     return total
 
 
-def _recognise(module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
+def recognise(module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
     """By its type where torch's own forward is used, else by comparing the answer for the first tokens."""
     if not (isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)) or output.ndim < 2:
         return None

@@ -170,19 +170,26 @@ class CodedCodes:
 
 
 def decode_tile(
-    coded: CodedCodes, tile: Tile, table: torch.Tensor, scales: torch.Tensor, grid: BlockGrid, out: torch.Tensor
+    coded: CodedCodes,
+    tile: Tile,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    grid: BlockGrid,
+    out: torch.Tensor,
+    column_scales: torch.Tensor | None = None,
 ) -> None:
     """fl32(table[index] * scale) of a tile, rounded once, to its places in `out`, the flat tensor.
 
     Indices beyond the table take its last value. `scales`: of all blocks of the tensor, fp32, on the device of the
-    table and `out`.
+    table and `out`; each times its column's, rounded to fp32, where these are given.
     """
-    if out.device.type == "cuda" and coded.streams(tile) is not None and out.dtype in _ON_GPU:
+    is_plain = out.device.type == "cuda" and column_scales is None
+    if is_plain and coded.streams(tile) is not None and out.dtype in _ON_GPU:
         decode_by_kernel(coded, tile, table, scales, grid, out)
         return
     length = coded.columns if coded.axis == ROWS else coded.rows
     indices, matrix = coded.read(tile), out.view(coded.rows, coded.columns)
-    spread = _Factors(scales, grid)
+    spread = _Factors(scales, grid, column_scales)
     for first, last, begin, end in _line_parts(tile, length):
         at = first * length + begin - tile.start
         part = indices[at : at + (last - first) * (end - begin)].to(out.device).int().clamp_(max=table.numel() - 1)
@@ -225,10 +232,14 @@ def _line_parts(tile: Tile, length: int) -> Iterator[tuple[int, int, int, int]]:
 class _Factors:
     """The scale of every element of some rows and columns."""
 
-    def __init__(self, scales: torch.Tensor, grid: BlockGrid) -> None:
-        self._scales, self._grid = scales, grid
+    def __init__(self, scales: torch.Tensor, grid: BlockGrid, column_scales: torch.Tensor | None) -> None:
+        self._scales, self._grid, self._column_scales = scales, grid, column_scales
 
     def __call__(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        of_blocks = self._of_blocks(rows, columns)
+        return of_blocks if self._column_scales is None else of_blocks * self._column_scales[columns]
+
+    def _of_blocks(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         if self._grid.one_scale:
             return self._scales.view(1, 1)
         blocks = columns // self._grid.width

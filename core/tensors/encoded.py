@@ -8,7 +8,7 @@ rotated back where the format rotates, overwritten where outliers are stored, ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -24,10 +24,12 @@ from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.coded import CodedCodes, decode_tile
+from core.tensors.column_scales import scales_of
 from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.grid import grid_values
 from core.tensors.kernels import cpu, cpu_packing, gpu
 from core.tensors.packing import unpack_planes
+from core.tensors.row_codebooks import decode_rows, decoded_values
 from core.tensors.scale_formats import decoded_scales, undo_double
 
 _KERNEL_CODES = 256
@@ -37,13 +39,15 @@ _KERNEL_CODES = 256
 class EncodedTensor:
     """`shape` and `dtype` (safetensors name) are those of the tensor before it was encoded.
 
-    `stored`: the parts by name, as `core.formats.stored.stored_parts` describes them.
+    `stored`: the parts by name, as `core.formats.stored.stored_parts` describes them. `notes`: what its rounding had
+    to do otherwise than asked; they are not stored with it.
     """
 
     format: TensorFormat
     shape: tuple[int, ...]
     dtype: str
     stored: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def planned_parts(cls, fmt: TensorFormat, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -62,6 +66,10 @@ class EncodedTensor:
             if found is None or found.dtype != TORCH_DTYPES[kind] or tuple(found.shape) != size:
                 raise InvalidCheckpoint(f"{fmt} needs a part {name!r} of {kind} {list(size)}")
         return cls(fmt, shape, dtype, {name: parts[name] for name in planned})
+
+    def with_notes(self, notes: tuple[str, ...]) -> EncodedTensor:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def parts(self) -> dict[str, torch.Tensor]:
         """What is stored, by name."""
@@ -88,7 +96,7 @@ class EncodedTensor:
 
     @property
     def codebook(self) -> torch.Tensor | None:
-        """The stored table, fp32, of a codebook format."""
+        """The stored table of a codebook format: fp32, or fp16 (rows, codes) where every row has its own."""
         return self.stored.get("codebook")
 
     @property
@@ -111,6 +119,11 @@ class EncodedTensor:
         if self.format.scale_format == "dq8":
             return undo_double(self.stored)
         return decoded_scales(self.format, self.scales.reshape(-1), self.stored.get("tensor_scale"))
+
+    @cached_property
+    def column_scales(self) -> torch.Tensor | None:
+        """The scale of every input dimension, fp32, where the format has them."""
+        return scales_of(self.stored["column_scales"]) if self.format.has_column_scales else None
 
     def decode(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor in its shape, on the device of the parts.
@@ -143,16 +156,19 @@ class EncodedTensor:
         if not self.elements:
             return False
         largest = self.scale_values.abs().max() * self.table.abs().max()
+        if self.column_scales is not None:
+            largest = largest * self.column_scales.abs().max()
         return self.format.rotation is not None or float(largest) > torch.finfo(dtype).max
 
     def _dense(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         """All elements, flat, before rotation and outliers."""
-        is_plain_on_gpu = self.codes.device.type == "cuda" and self.coded is None
+        by_rows = self.format.has_row_codebooks
+        is_plain_on_gpu = self.codes.device.type == "cuda" and self.coded is None and not by_rows
         found = gpu.decode(self, dtype) if is_plain_on_gpu else None
         if found is not None:
             return found
         flat = torch.empty(self.elements, dtype=dtype, device=self.codes.device) if out is None else out
-        if self.coded is not None:
+        if self.coded is not None and not by_rows:
             return self._decoded_tiles(self.coded, flat)
         grid = self.grid
         over = cpu.over_pieces if self._has_kernel else map
@@ -166,13 +182,15 @@ class EncodedTensor:
         """Tile by tile, so that only as many codes as are being worked on take memory."""
         table, scales, grid = self.table, self.scale_values, self.grid
         tiles = coded.tiles(at_once=flat.device.type == "cuda")  # there a tile would be the work of a few warps
-        cpu.over_pieces(lambda tile: decode_tile(coded, tile, table, scales, grid, flat), tiles)
+        columns = self.column_scales
+        cpu.over_pieces(lambda tile: decode_tile(coded, tile, table, scales, grid, flat, columns), tiles)
         return flat
 
     def decoded_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Pieces of the tensor with their flat fp32 elements; one at a time where the format allows it."""
         grid = self.grid
-        plain = not self.format.is_block_type and self.format.rotation is None and "outlier_index" not in self.stored
+        is_turned = self.format.rotation is not None or self.format.has_column_scales
+        plain = not self.format.is_block_type and not is_turned and "outlier_index" not in self.stored
         whole = None if plain else self.decode().reshape(-1)
         for piece in grid.pieces(self.group):
             yield piece, self.decode_piece(grid, piece) if whole is None else whole[piece.start : piece.stop]
@@ -195,7 +213,9 @@ class EncodedTensor:
 
     def _decode_into(self, out: torch.Tensor, grid: BlockGrid, piece: Piece) -> None:
         codes, scales = self._piece_codes(piece), self.scale_values[piece.first : piece.last]
-        if self._has_kernel and out.dtype in cpu.OUTPUTS:
+        if self.format.has_row_codebooks:
+            decode_rows(codes, decoded_values(self.table[piece.first : piece.last], scales), grid.columns, out)
+        elif self._has_kernel and out.dtype in cpu.OUTPUTS:
             cpu.decode(codes, self.table, scales, *grid.kernel_blocks, out)
         else:
             out.copy_(grid.from_blocks(grid.to_blocks(self._values(codes)) * scales[:, None]))
@@ -241,9 +261,12 @@ class EncodedTensor:
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number."""
+        """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number.
+
+        Where every row has its own, (rows, codes).
+        """
         if self.codebook is not None:
-            return self.codebook
+            return self.codebook.float()
         if self.coded is not None and self.format.is_grid:
             return self._grid_table(self.coded)
         if self.format.family == "int":

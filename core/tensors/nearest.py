@@ -1,7 +1,7 @@
 """Encoding to the nearest code: the arithmetic that every rounding method ends in.
 
 A tensor passes through these stations: non-finite weights are refused; outliers are set aside; the rest is rotated;
-each block gets its statistic; the table is fitted where the format leaves that open; scales are chosen and rounded to
+each block gets its statistic; tables are fitted where the format leaves that open; scales are chosen and rounded to
 how they are stored; every weight takes the nearest value; scales are freed of their bias. The tensor is worked on in
 pieces, so memory is the source, the codes and a few MiB (and an fp32 copy where the format rotates, a copy where it
 has outliers).
@@ -9,10 +9,11 @@ has outliers).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
 
 from core.errors import BitmillError, InvalidFormat, NonFiniteWeights
@@ -23,12 +24,14 @@ from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.coded import HEAD_BYTES, as_part, shortest_form
+from core.tensors.column_scales import nearest_codes as column_codes
 from core.tensors.dtypes import FLOATING, SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor, scales_like
 from core.tensors.errors import relative_rms_error
 from core.tensors.fitted import fitted_table
 from core.tensors.grid import GridEncoder
 from core.tensors.passes import passes_for, require_finite
+from core.tensors.row_codebooks import nearest_codes, row_codebooks
 from core.tensors.scale_formats import (
     decoded_scales,
     double_quantised,
@@ -47,12 +50,18 @@ _LOST = 0.5  # R beyond which weights are not held
 
 
 def encode_nearest(
-    weight: torch.Tensor, fmt: TensorFormat, *, seed: int = 0, row_weights: torch.Tensor | None = None
+    weight: torch.Tensor,
+    fmt: TensorFormat,
+    *,
+    seed: int = 0,
+    row_weights: torch.Tensor | None = None,
+    input_weights: torch.Tensor | None = None,
 ) -> EncodedTensor:
     """Encode a floating tensor of any shape, on its device; NonFiniteWeights for NaN or infinity in it.
 
     `seed`: of a random rotation. `row_weights`: what the squared error of a weight of each row counts, (rows,) of the
-    tensor as a matrix of its last dimension; for what is fitted by sensitivity.
+    tensor as a matrix of its last dimension; for what is fitted by sensitivity. `input_weights`: what one of each
+    column counts, (columns,), for codebooks of rows.
     """
     shape, dtype = tuple(weight.shape), SAFETENSORS_NAMES[weight.dtype]
     weight = weight.detach()
@@ -62,16 +71,18 @@ def encode_nearest(
         require_finite(weight)
     if fmt.is_block_type:
         return _as_blocks(weight, fmt, dtype)
-    flat, extra = _prepared(weight.reshape(-1), fmt, shape, seed)
+    places = _outliers(weight.reshape(-1), BlockGrid.of(fmt, shape), *fmt.outlier_rule) if fmt.outlier_rule else None
+    flat, extra = prepared(weight.reshape(-1), fmt, shape, seed, places)
     plain = fmt if fmt.is_grid else fmt.without_code
-    count = extra["outlier_values"].numel() if fmt.outlier_rule else None
-    parts = _Encoder(flat, plain, shape, row_weights, count).parts()
+    absent = None if fmt.rotation else places
+    encoder = Encoder(flat, plain, shape, row_weights, None if places is None else places.numel())
+    parts = encoder.by_rows(input_weights, absent) if fmt.has_row_codebooks else encoder.parts()
     encoded = EncodedTensor(plain, shape, dtype, parts | extra)
     encoded = unbiased(encoded, flat) if fmt.is_unbiased else encoded
-    return encoded if plain == fmt else _entropy_coded(encoded, fmt)
+    return encoded if plain == fmt else entropy_coded(encoded, fmt)
 
 
-def _entropy_coded(encoded: EncodedTensor, fmt: TensorFormat) -> EncodedTensor:
+def entropy_coded(encoded: EncodedTensor, fmt: TensorFormat) -> EncodedTensor:
     """The same codes in the format's entropy code; BitmillError where they take more than the format says."""
     matrix = encoded.all_codes().cpu().numpy().reshape(matrix_shape(encoded.shape))
     data = shortest_form(matrix, fmt.entropy_code or "")[1]
@@ -103,11 +114,12 @@ def outliers_in(weight: torch.Tensor, fmt: TensorFormat) -> int:
     return _outliers(weight.reshape(-1), BlockGrid.of(fmt, tuple(weight.shape)), *rule).numel() if rule else 0
 
 
-def _prepared(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, Parts]:
+def prepared(
+    flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...], seed: int, places: torch.Tensor | None
+) -> tuple[torch.Tensor, Parts]:
     """What is left for the codes, flat, and the parts that say what was taken away or turned."""
     extra: Parts = {}
-    if fmt.outlier_rule:
-        places = _outliers(flat, BlockGrid.of(fmt, shape), *fmt.outlier_rule)
+    if places is not None:
         extra["outlier_values"] = outliers.outlier_values(flat, places)
         extra["outlier_index"] = outliers.encode_index(places, flat.numel())
         flat = outliers.without_outliers(flat, places)
@@ -126,10 +138,12 @@ def _outliers(flat: torch.Tensor, grid: BlockGrid, rule: str, value: float) -> t
     """Flat places of the outliers, ascending."""
     if rule == "outliers":
         return outliers.select_by_ratio(flat, value)
-    return outliers.select_by_threshold(flat, value) if rule == "threshold" else outliers.select_opq(flat, grid, value)
+    if rule == "opq":
+        return outliers.select_opq(flat, grid, value)
+    return (outliers.select_by_threshold if rule == "threshold" else outliers.select_by_iqr)(flat, value)
 
 
-class _Encoder:
+class Encoder:
     """One tensor being encoded."""
 
     def __init__(
@@ -151,13 +165,25 @@ class _Encoder:
 
     def parts(self) -> Parts:
         """What is stored of the dense tensor."""
-        device = self.flat.device
         made = self._on_grid() if self.fmt.is_grid else self._coded()
+        return made | self.table_parts()
+
+    def table_parts(self) -> Parts:
+        """What is stored of the table."""
+        made, device = Parts(), self.flat.device
         if self.fmt.is_codebook:
             made["codebook"] = torch.tensor(self.table.values, dtype=torch.float32, device=device)
         if self.fitted is not None:
             made["fitted"] = torch.tensor([self.fitted], dtype=torch.float64, device=device)
         return made
+
+    def by_rows(self, input_weights: torch.Tensor | None, absent: torch.Tensor | None) -> Parts:
+        """The same where every row has a codebook; places that are `absent` have no part in it."""
+        stored, factors = self._scales(searched=False)
+        given = {"input_weights": input_weights, "absent": absent}
+        codebook = row_codebooks(self.flat, self.grid, factors, self.fmt.codes, **given)
+        codes = self._packed(lambda piece: nearest_codes(self.flat, self.grid, piece, factors, codebook))
+        return {"codes": codes, "codebook": codebook, **stored}
 
     def _coded(self) -> Parts:
         """Codes and scales, in one pass where there is one; fp16's range is checked by the statistics."""
@@ -178,7 +204,15 @@ class _Encoder:
             "codes": as_part(found.data, room).to(device),
             "step": torch.tensor([found.step], dtype=torch.float32, device=device),
             "centroids": found.centroids.to(device),
+            **self._unit_columns(),
         }
+
+    def _unit_columns(self) -> Parts:
+        """Scales of columns, which only data-aware methods have a use for."""
+        if not self.fmt.has_column_scales:
+            return {}
+        codes = column_codes(np.ones(matrix_shape(self.shape)[1]))
+        return {"column_scales": torch.from_numpy(codes).to(self.flat.device)}
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Which blocks, and their elements, (blocks, width); the short blocks that rows end in on their own."""
@@ -206,6 +240,11 @@ class _Encoder:
         extremes = torch.cat([one for one, _ in found])
         return extremes[extremes.abs().argmax()].reshape(1) if self.grid.one_scale else extremes
 
+    def chosen_scales(self) -> tuple[Parts, torch.Tensor]:
+        """What `nearest` would store of scales, and the scales as they will be decoded, flat fp32."""
+        stored, factors = self._scales(searched=self.fmt.is_searched)
+        return stored, undo_double(stored) if self.fmt.scale_format == "dq8" else factors
+
     def _scales(self, *, searched: bool) -> tuple[Parts, torch.Tensor]:
         """The stored scales with all that belongs to them, and the scales as decoded, flat fp32."""
         largest = self.extreme.abs().max() if self.extreme.numel() else self.extreme.sum()
@@ -226,12 +265,16 @@ class _Encoder:
         found = self.passes.all_codes(factors, self.table)
         if found is not None:
             return found
+        return self._packed(lambda piece: self.passes.codes(piece, factors[piece.first : piece.last], self.table))
+
+    def _packed(self, planes_of: Callable[[Piece], list[torch.Tensor]]) -> torch.Tensor:
+        """The packed planes of all pieces, put together."""
         count = self.grid.elements
         packed = torch.empty(packed_bytes(self.fmt.codes, count), dtype=torch.uint8, device=self.flat.device)
 
         def place(piece: Piece) -> None:
-            data = self.passes.codes(piece, factors[piece.first : piece.last], self.table)
-            for target, plane in zip(plane_places(self.fmt.codes, count, piece.start), data, strict=True):
+            places = plane_places(self.fmt.codes, count, piece.start)
+            for target, plane in zip(places, planes_of(piece), strict=True):
                 packed[target : target + plane.numel()] = plane
 
         self.passes.over(place, self.grid.pieces(group_of(self.fmt.codes)))

@@ -56,6 +56,17 @@ def select_by_threshold(flat: torch.Tensor, multiple_of_rms: float) -> torch.Ten
     return _positions_above(flat, pieces, lambda _: limit)
 
 
+def select_by_iqr(flat: torch.Tensor, multiple: float) -> torch.Tensor:
+    """Positions of the elements with |x| > max(|q1 - r IQR|, |q3 + r IQR|), ascending, int64 (SqueezeLLM).
+
+    q1, q3: quartiles of the whole tensor, interpolated; IQR: their distance, r = `multiple`. Where the quartiles are
+    equal there are no outliers.
+    """
+    limit = _iqr_limit(flat, multiple)
+    pieces = (Piece(start, stop, 0, 1) for start, stop in _pieces(flat.numel()))
+    return _positions_above(flat, pieces, lambda _: limit)
+
+
 def select_opq(flat: torch.Tensor, grid: BlockGrid, quantile: float) -> torch.Tensor:
     """Positions of the elements with |x| > sigma_b F_M^-1(quantile), ascending, int64 (BOF4, outlier-preserving).
 
@@ -207,6 +218,44 @@ def _limit_of_largest(flat: torch.Tensor, count: int) -> tuple[int, int]:
         lows += torch.bincount(keys[keys >> _LOW_BITS == high] & ((1 << _LOW_BITS) - 1), minlength=lows.numel())
     low, count = _bin_of(lows, count)
     return high << _LOW_BITS | low, count
+
+
+def _iqr_limit(flat: torch.Tensor, multiple: float) -> torch.Tensor:
+    if not flat.numel():
+        return torch.tensor(torch.inf, dtype=torch.float64)
+    low, high = _quantile(flat, 0.25), _quantile(flat, 0.75)
+    limit = max(abs(low - multiple * (high - low)), abs(high + multiple * (high - low))) if high > low else torch.inf
+    return torch.tensor(limit, dtype=torch.float64, device=flat.device)
+
+
+def _quantile(flat: torch.Tensor, share: float) -> float:
+    """Between the two values of nearest rank, as numpy interpolates."""
+    place = share * (flat.numel() - 1)
+    low = _of_rank(flat, math.floor(place))
+    return low + (_of_rank(flat, math.ceil(place)) - low) * (place - math.floor(place))
+
+
+def _of_rank(flat: torch.Tensor, rank: int) -> float:
+    """The value below which `rank` elements lie, in ascending order, by two histograms."""
+    found, parts = 0, ((16, 1 << 15, (1 << 16) - 1), (0, 0, (1 << 16) - 1))
+    for shift, offset, mask in parts:
+        counts = torch.zeros(mask + 1, dtype=torch.int64, device=flat.device)
+        for start, stop in _pieces(flat.numel()):
+            keys = _signed_keys(flat[start:stop])
+            inside = keys if shift else keys[keys >> 16 == found >> 16]
+            counts += torch.bincount(((inside >> shift) + offset) & mask, minlength=mask + 1)
+        cumulative = counts.cumsum(0)
+        place = int((cumulative <= rank).sum())
+        rank -= int(cumulative[place - 1]) if place else 0
+        found = (place - offset) << 16 if shift else found | place
+    key = torch.tensor(found, dtype=torch.int32)
+    return float((key ^ ((key >> 31) & _MAGNITUDE)).view(torch.float32))
+
+
+def _signed_keys(values: torch.Tensor) -> torch.Tensor:
+    """int32 that order as the fp32 values do."""
+    patterns = values.float().view(torch.int32)
+    return patterns ^ ((patterns >> 31) & _MAGNITUDE)
 
 
 def _bin_of(histogram: torch.Tensor, count: int) -> tuple[int, int]:

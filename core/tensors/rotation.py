@@ -87,6 +87,19 @@ class RandomRotation:
         """The inverse: a new fp32 tensor of the same shape."""
         return self.restore_(_fp32_copy(rotated))
 
+    def rotate_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What has the input dimension as its last, turned as the rows of a weight are: a new fp32 tensor."""
+        matrix = _matrix(_fp32_copy(inputs))
+        _along_rows_(matrix, _Mixing.of(self.seed, _COLUMNS, matrix.shape[1], inputs.device).apply)
+        return matrix.reshape(inputs.shape)
+
+    def rotate_outputs(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What has the output dimension as its first, turned as the columns of a weight are: a new fp32 tensor."""
+        matrix = _fp32_copy(outputs)
+        if self.both_sides:
+            _along_columns_(matrix, _Mixing.of(self.seed, _ROWS, matrix.shape[0], outputs.device).apply)
+        return matrix
+
     def rotate_(self, weight: torch.Tensor) -> torch.Tensor:
         """`rotate` in place."""
         matrix = _matrix(weight)

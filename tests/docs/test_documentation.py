@@ -28,14 +28,16 @@ from core.errors import BitmillError
 from core.exports.layout import StoredTensor, WeightFile
 from core.formats.block_types import BLOCK_TYPES, TILE_TYPES, TileElement
 from core.jobs import events as job_events
-from core.recipe import exports, rounding, tensor_format
+from core.recipe import exports, tensor_format
 from core.recipe.allocation import AllocationSpec
 from core.recipe.calibration import CalibrationSpec, EvaluationSpec
 from core.recipe.format_names import OPTIONS, split_option
 from core.recipe.override import Override
 from core.recipe.recipe import Gate, Recipe, load_recipe
+from core.recipe.rounding import RoundingSpec
 from core.recipe.target import Target
 from core.recipe.tensor_format import parse
+from core.rounding.base import Sensitivity, round_tensor
 from core.tensors.coded import HEAD_BYTES
 from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
@@ -195,7 +197,8 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     parts = (Recipe, Target, AllocationSpec, CalibrationSpec, EvaluationSpec, Override, Gate)
     keys = {name for part in parts for name in part.model_fields}
     assert keys - named_in("docs/recipes.md") == set()
-    assert set(AllocationSpec.KNOWN) | set(exports.KNOWN) <= named_in("docs/recipes.md")
+    names = {*AllocationSpec.KNOWN, *RoundingSpec.KNOWN, *exports.KNOWN}
+    assert names - named_in("docs/recipes.md") == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -205,7 +208,7 @@ def test_recipes_in_the_documentation_can_be_carried_out(page: Path) -> None:
 
 
 def test_the_names_that_are_not_available_are_owned_up_to() -> None:
-    later = {*AllocationSpec.LATER, *exports.LATER, *rounding.RoundingSpec.LATER}
+    later = {*AllocationSpec.LATER, *exports.LATER, *RoundingSpec.LATER}
     assert later - named_in("README.md") == set()
 
 
@@ -316,6 +319,9 @@ READ_FORMATS = (
     "af4-l1@8",
     "bof4-s@8+opq0.95",
     "lloyd4@4",
+    "lloyd3-rows@channel",
+    "lloyd2.58-rows@channel:fp16+iqr0.5",
+    "lloyd4-rows@channel:e8m0+hadamard+rans",
     "power4@4",
     "power0.7_3.58@8",
     "int4@8:search+unbiased",
@@ -328,6 +334,8 @@ READ_FORMATS = (
     "grid9@8:rms:e4m3+huffman",
     "grid6@4:absmax:dq8+outliers0.1",
     "grid8@tensor+opq0.95+rotate",
+    "grid9@tensor+columns",
+    "grid9@channel:fp16+columns+huffman",
     "int4@8:signmax+rans",
     "int3.58-sym@channel:rms+huffman",
     "t_4@tensor:rms-search+rans",
@@ -397,6 +405,26 @@ def test_the_reader_on_the_page_decodes_one_model_classes_of_rows_and_classes_of
     encoded = {which: encode_nearest(weight, parse("grid3@tensor")) for which, weight in weights.items()}
     expected = written(path, encoded)
     assert [int(tensor.codes[HEAD_BYTES + 1]) for tensor in encoded.values()] == [2, 3, 4]
+    assert read_back()(path) == expected
+
+
+def test_the_reader_on_the_page_decodes_scales_of_columns(tmp_path: Path) -> None:
+    """Of columns of many sizes, and one that is always zero."""
+    path, columns = tmp_path / "model.safetensors", 48
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, columns, generator=generator, dtype=torch.float64).cumsum(1)
+    inputs[:, 7] = 0
+    given = Sensitivity(covariance=inputs.T @ inputs / len(inputs))
+    weight, spec = torch.randn(32, columns, generator=generator), RoundingSpec(name="watersic")
+    encoded = {
+        name: round_tensor(weight, parse(name), spec, sensitivity=given, seed=0)
+        for name in ("grid3@tensor", "grid5@channel")
+    }
+    for tensor in encoded.values():
+        scales = set(tensor.parts()["column_scales"].tolist())
+        assert 0 in scales
+        assert len(scales) > 5
+    expected = written(path, encoded)
     assert read_back()(path) == expected
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vl_convert
 
 from core.formats.limits import entropy_coded_grid
 from core.recipe.format_names import FAMILIES
@@ -37,7 +36,7 @@ MODELS = SCRIPT.read_models(SCRIPT.MODEL_NUMBERS.read_text("utf-8"))
 
 
 def test_the_picture_is_that_of_the_numbers() -> None:
-    drawn = vl_convert.vegalite_to_svg(SCRIPT.chart(ROWS, LIMITS))
+    drawn = SCRIPT.svg(SCRIPT.chart(ROWS, LIMITS))
     assert drawn == SCRIPT.PICTURE.read_text("utf-8"), "python docs/rate_distortion.py draws it anew"
     assert len(drawn) < 250_000
 

@@ -2,18 +2,22 @@
 
 `entropy_v1.json` holds two kinds of entries. `reference`: the worked example of the 32-lane layout, computed apart from
 this code (frequencies, alias tables, final states, words). `pinned`: bytes that this code wrote
-(`python -m tests.golden.test_entropy_layout`), which every later version reads and writes the same way.
+(`python -m tests.golden.test_entropy_layout`), which every later version reads and writes the same way. `classes`:
+frequencies that follow from a family and a deviation, some in full, and the checksum of all.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from core.tensors.entropy.classes import CLASSES, LAPLACE, NORMAL, class_model
 from core.tensors.entropy.coder import encode, encode_segments
 from core.tensors.entropy.decoder import decode
 from core.tensors.entropy.layout import VERSION, Segment
@@ -49,9 +53,17 @@ CASES: dict[str, tuple[list[int], list[SymbolModel], list[Segment], int, int]] =
         32,
         10,
     ),
+    "two classes": (
+        [*numbers(300, 2), *numbers(100, 30), 5000],
+        [class_model(NORMAL, 3), class_model(LAPLACE, 30)],
+        [Segment(0, 300), Segment(1, 101)],
+        4,
+        10,
+    ),
 }
+ALL_CLASSES = [(family, k) for family in (NORMAL, LAPLACE) for k in CLASSES]
 GOLDEN: dict[str, Any] = json.loads(FILE.read_text())
-REFERENCE, PINNED = GOLDEN["reference"], GOLDEN["pinned"]
+REFERENCE, PINNED, NAMED = GOLDEN["reference"], GOLDEN["pinned"], GOLDEN["classes"]
 
 
 def written() -> dict[str, str]:
@@ -87,6 +99,29 @@ def test_pinned_bytes_are_decoded(name: str) -> None:
 @pytest.mark.parametrize("name", expected())
 def test_a_reader_written_from_the_documentation_agrees(name: str) -> None:
     assert Documented(bytes.fromhex(PINNED[name])).numbers() == expected()[name]
+
+
+@pytest.mark.parametrize("entry", NAMED["some"], ids=lambda entry: f"{entry['family']}, {entry['k']}")
+def test_frequencies_of_classes_are_the_pinned_ones(entry: dict[str, Any]) -> None:
+    model = class_model(entry["family"], entry["k"])
+    assert model.precision == entry["P"]
+    assert model.low == -(model.size // 2 - 1)
+    assert model.frequencies.tolist() == entry["frequencies"]
+
+
+def test_frequencies_of_all_classes_have_the_pinned_checksum() -> None:
+    """Of 16 bits each, the lower byte first, Normal classes before those of Laplace."""
+    data = b"".join(class_model(family, k).frequencies.astype("<u2").tobytes() for family, k in ALL_CLASSES)
+    assert xxh32(data, 0) == NAMED["xxh32"]
+
+
+@pytest.mark.parametrize("family", [NORMAL, LAPLACE])
+def test_frequencies_of_classes_are_those_of_floating_point(family: int) -> None:
+    for k in CLASSES:
+        low, precision, frequencies, has_escape = named(family, k)
+        model = class_model(family, k)
+        assert (model.low, model.precision, model.has_escape) == (low, precision, has_escape)
+        assert model.frequencies.tolist() == frequencies
 
 
 def test_a_matrix_says_how_its_columns_are_grouped() -> None:
@@ -223,6 +258,8 @@ class Documented:
 
     def model(self) -> tuple[int, int, list[int], bool]:
         size = self.varint()
+        if size < 2:
+            return named(size, self.byte() - 16)
         low, widths, peak = self.signed(), self.byte(), self.varint()
         precision, kept, found, before = widths % 16, widths // 16, [0] * (size // 2), 1
         others, self.bit = [i for i in range(size // 2) if i != peak], 0
@@ -300,6 +337,24 @@ class Documented:
         return found
 
 
+def named(family: int, k: int) -> tuple[int, int, list[int], bool]:
+    """The class of a deviation of 2^(k/8), by scipy: the best that 53 bits give, and good enough for these."""
+    law, precision, std = (stats.norm, stats.laplace(scale=0.5**0.5))[family], 14 if k < 28 else 15, 2 ** (k / 8)
+    tails = 2 * law.sf((np.arange(1000) + 0.5) / std)
+    shares = np.append(1 - tails[0], (tails[:-1] - tails[1:]) / 2)
+    symbols = int((shares * 2**precision >= 1 / 8).sum())
+    both = np.concatenate([shares[symbols - 1 : 0 : -1], shares[:symbols], tails[symbols - 1 : symbols]])
+
+    def frequencies(slots: int) -> list[int]:
+        return [max(1, int(value)) for value in np.floor(both * slots + 0.5)]
+
+    every = range((1 << precision) + 1)
+    fitting = bisect_right(every, 1 << precision, key=lambda slots: sum(frequencies(slots))) - 1
+    found = frequencies(fitting)
+    found[symbols - 1] += (1 << precision) - sum(found)
+    return 1 - symbols, precision, found, True
+
+
 def tables(model: tuple[int, int, list[int], bool]) -> list[tuple[int, int]]:
     """(symbol, rank) of each slot."""
     _, precision, frequencies, _ = model
@@ -326,4 +381,4 @@ def tables(model: tuple[int, int, list[int], bool]) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"reference": REFERENCE, "pinned": written()}, indent=1) + "\n")
+    FILE.write_text(json.dumps({"reference": REFERENCE, "pinned": written(), "classes": NAMED}, indent=1) + "\n")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import optimize
 
+from core.tensors.entropy import classes
 from core.tensors.entropy.coder import encode, encode_segments
 from core.tensors.entropy.decoder import CodedSequence
 from core.tensors.entropy.families import probabilities
@@ -341,6 +342,13 @@ def test_the_decoder_on_the_page_reads_any_matrix(
     assert DECODER["codes"](len(data).to_bytes(8, "little") + data + bytes(width), *shape, is_huffman=False) == numbers
     huffman = huffman_encode(np.array(numbers)).tobytes()
     assert DECODER["codes"](len(huffman).to_bytes(8, "little") + huffman, *shape, is_huffman=True) == numbers
+
+
+@pytest.mark.parametrize("family", [classes.NORMAL, classes.LAPLACE])
+def test_the_decoder_on_the_page_has_the_same_classes_of_models(family: int) -> None:
+    for k in classes.CLASSES:
+        model = classes.class_model(family, k)
+        assert DECODER["model_class"](family, k) == (model.precision, model.frequencies.tolist())
 
 
 def test_a_changed_byte_fails_the_decoder_on_the_page() -> None:

@@ -40,6 +40,7 @@ FORMATS = [
     "af4-l1@4",
     "bof4-s@4",
     "lloyd3@tensor:rms",
+    "lloyd3-rows@channel",
     "t_3@4:signmax",
     "power4@channel",
     "float5@4",
@@ -50,6 +51,7 @@ FORMATS = [
     "int4@4+outliers0.1",
     "normal4@4+outliers0.1+hadamard",
     "normal4@4+rotate",
+    "grid3@tensor+columns",
     "q4_k",
     "mx6",
 ]

@@ -33,12 +33,13 @@ def encode(codes: Numbers, model: SymbolModel | None = None) -> Bytes:
 
     InvalidFormat where a number has neither a symbol nor an escape, or more than 32 bits.
     """
-    from core.tensors.entropy.windows import histogram_model
+    from core.tensors.entropy.choice import shortest_model
+    from core.tensors.entropy.windows import counted
 
     flat = _flat(codes)
     if flat.size == 0 or (model is None and flat.min() == flat.max()):
         return _constant(flat)
-    chosen = model or histogram_model(flat)
+    chosen = model or shortest_model(*counted(flat))
     coded = encode_segments(flat, [chosen], [Segment(0, flat.size)])
     plain = pack_plain(flat, coded.size) if model is None else None
     return coded if plain is None else plain
@@ -50,8 +51,10 @@ def encode_segments(
     segments: Sequence[Segment],
     lanes: int | None = None,
     stream_bits: int | None = None,
+    *,
+    are_known: bool = False,
 ) -> Bytes:
-    """Bytes of integers of which each segment has a model of its own.
+    """Bytes of integers of which each segment has a model of its own; `are_known`: the reader knows the segments.
 
     `lanes` (a power of two up to 32) and log2 of the numbers of a stream (10 to 24) are chosen where not given.
     InvalidFormat where the segments do not cover the numbers, or a number has neither a symbol nor an escape.
@@ -66,7 +69,7 @@ def encode_segments(
         raise InvalidFormat(f"segments that do not cover {flat.size} numbers")
     chosen = lanes or (layout.MOST_LANES if flat.size >= _FULL_LANES else _few_lanes(flat.size))
     plan = Plan(tuple(segments), chosen, stream_bits or _stream_bits(_bits_per_number(flat, models, segments)))
-    return _Writer(flat, plan, models).all_bytes()
+    return _Writer(flat, plan, models).all_bytes(are_known)
 
 
 def _flat(codes: Numbers) -> Numbers:
@@ -112,10 +115,10 @@ class _Writer:
         most = min(1 << plan.stream_bits, flat.size + plan.lanes * len(plan.segments))
         self.words = np.empty(2 * most, np.uint8)
 
-    def all_bytes(self) -> Bytes:
+    def all_bytes(self, are_known: bool) -> Bytes:
         coded = [self._stream(runs) for runs in self.plan.runs()]
         is_wide = any(part.size and np.abs(part).max() >= 1 << 15 for part in self.escaped)
-        start = layout.rans_head(self.plan, self.models, is_wide)
+        start = layout.rans_head(self.plan, self.models, is_wide, are_known=are_known)
         bodies, rows, seed = [], [], layout.checksum(start)
         for (states, words), escaped in zip(coded, self.escaped, strict=True):
             values = escaped.astype("<i4" if is_wide else "<i2").tobytes()

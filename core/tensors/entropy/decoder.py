@@ -18,7 +18,7 @@ import numpy as np
 
 from core.errors import InvalidCheckpoint
 from core.tensors.entropy import layout
-from core.tensors.entropy.layout import Place, Plan, Reader, Run
+from core.tensors.entropy.layout import Place, Plan, Reader, Run, Segment
 from core.tensors.entropy.loops_jit import Bytes, Numbers, Table32
 from core.tensors.entropy.machine import has_wide_vectors
 from core.tensors.entropy.models import SymbolModel
@@ -53,7 +53,7 @@ class Stream:
 class CodedSequence:
     """A sequence whose bytes have been looked through, but whose numbers have not been decoded yet."""
 
-    def __init__(self, data: Bytes, count: int, reader: Reader) -> None:
+    def __init__(self, data: Bytes, count: int, reader: Reader, known: tuple[Segment, ...] = ()) -> None:
         self.data, self.count = data, count
         kind = reader.byte()
         stored = reader.varint(layout.MOST_NUMBERS, "number of integers")
@@ -69,7 +69,7 @@ class CodedSequence:
             self.plain = PlainNumbers(reader, count)
             self._check_seal(data.size - layout.CHECKSUM_BYTES)
         elif kind == layout.RANS and count:
-            self.plan, self.models, is_wide = layout.read_plan(reader, count)
+            self.plan, self.models, is_wide = layout.read_plan(reader, count, known)
             self.escape_dtype, self.seed = np.dtype("<i4" if is_wide else "<i2"), layout.checksum(data[: reader.at])
             self.places = layout.read_places(data, reader.at, self.plan, self.models, is_wide)
             self.runs = list(self.plan.runs())
@@ -78,15 +78,18 @@ class CodedSequence:
             raise InvalidCheckpoint(f"entropy-coded data of kind {kind}", hint="written by a later version?")
 
     @classmethod
-    def parse(cls, data: Bytes | bytes, count: int) -> CodedSequence:
-        """Looks through bytes that should hold `count` integers; decodes nothing yet, but sets all limits."""
+    def parse(cls, data: Bytes | bytes, count: int, known: tuple[Segment, ...] = ()) -> CodedSequence:
+        """Looks through bytes that should hold `count` integers; decodes nothing yet, but sets all limits.
+
+        `known`: the segments where the data leave them out.
+        """
         array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
         if not array.flags.writeable or not array.flags.c_contiguous or array.ctypes.data % 4:
             array = array.copy()  # one kind of array, so that loops are compiled once
         reader = Reader(array)
         if (version := reader.byte()) != layout.VERSION:
             raise InvalidCheckpoint(f"entropy-coded data of version {version}", hint="written by a later version?")
-        return cls(array, count, reader)
+        return cls(array, count, reader, known)
 
     def decode(self, out: Numbers, start: int = 0, threads: int = 1) -> None:
         """Fills `out` (flat, contiguous) with the numbers from `start` on.

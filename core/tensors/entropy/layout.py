@@ -4,7 +4,8 @@ docs/entropy.md documents the bytes; a decoder written from it alone is tested a
 
 - constant: one integer, or none at all;
 - plain: integers in equally many bits each, above the least of them;
-- rANS: models, segments, a directory, and streams that can be decoded each alone.
+- rANS: models, segments, a directory, and streams that can be decoded each alone. Models are frequencies, or name a
+  class (`classes`); segments may be left to what the sequence is a part of (`matrix`).
 
 Every byte is under a checksum: that of a stream stands in the directory and is seeded with that of all before it.
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.errors import InvalidCheckpoint
+from core.tensors.entropy.classes import CLASSES, LAPLACE, NORMAL, ClassModel, class_model
 from core.tensors.entropy.loops_jit import Bytes
 from core.tensors.entropy.models import MOST_SYMBOLS, SymbolModel
 
@@ -168,12 +170,14 @@ def head(kind: int, count: int) -> bytes:
     return bytes([VERSION, kind]) + varint(count)
 
 
-def rans_head(plan: Plan, models: list[SymbolModel], is_wide: bool) -> bytes:
-    """All that stands before the directory."""
+def rans_head(plan: Plan, models: list[SymbolModel], is_wide: bool, *, are_known: bool = False) -> bytes:
+    """All that stands before the directory; `are_known`: without the segments, which the reader knows."""
     out = head(RANS, sum(segment.count for segment in plan.segments))
     out += bytes([plan.lanes.bit_length() - 1 + 8 * plan.stream_bits]) + varint(2 * len(models) + is_wide)
     out += b"".join(model_bytes(model) for model in models)
-    if len(models) > 1:
+    if len(models) > 1 and are_known:
+        out += varint(0)
+    elif len(models) > 1:
         out += varint(len(plan.segments))
         out += b"".join(varint(segment.model) + varint(segment.count) for segment in plan.segments)
     return out + bytes(-len(out) % 4)
@@ -181,6 +185,8 @@ def rans_head(plan: Plan, models: list[SymbolModel], is_wide: bool) -> bytes:
 
 def model_bytes(model: SymbolModel) -> bytes:
     """A model as it is stored."""
+    if isinstance(model, ClassModel):
+        return bytes([model.family, model.k - CLASSES.start])
     from core.tensors.entropy.tables_jit import write_frequencies
 
     bits = np.zeros(8 * model.size + 8, np.uint8)
@@ -189,8 +195,11 @@ def model_bytes(model: SymbolModel) -> bytes:
     return start + bytes([model.precision + 16 * model.kept]) + varint(model.peak) + bits[: -(-used // 8)].tobytes()
 
 
-def read_plan(reader: Reader, count: int) -> tuple[Plan, list[SymbolModel], bool]:
-    """The inverse of `rans_head` from after N on: plan, models, and whether escaped values are wide."""
+def read_plan(reader: Reader, count: int, known: tuple[Segment, ...] = ()) -> tuple[Plan, list[SymbolModel], bool]:
+    """The inverse of `rans_head` from after N on: plan, models, and whether escaped values are wide.
+
+    `known`: the segments where the data leave them out.
+    """
     shape = reader.byte()
     lanes, stream_bits = 1 << (shape & 7), shape >> 3
     if lanes > MOST_LANES or not STREAM_BITS[0] <= stream_bits <= STREAM_BITS[1]:
@@ -199,7 +208,10 @@ def read_plan(reader: Reader, count: int) -> tuple[Plan, list[SymbolModel], bool
     if number < 2:
         raise InvalidCheckpoint("entropy-coded data without a model")
     models = [_read_model(reader) for _ in range(number // 2)]
-    segments = _read_segments(reader, len(models), count) if len(models) > 1 else (Segment(0, count),)
+    segments: tuple[Segment, ...] = (Segment(0, count),)
+    if len(models) > 1:
+        segments = _read_segments(reader, len(models), count) or known
+        _check_segments(segments, len(models), count)
     reader.align()
     return Plan(segments, lanes, stream_bits), models, bool(number % 2)
 
@@ -208,12 +220,14 @@ def _read_model(reader: Reader) -> SymbolModel:
     from core.tensors.entropy.tables_jit import read_frequencies
 
     size = reader.varint(2 * MOST_SYMBOLS + 1, "number of symbols")
+    if size in {NORMAL, LAPLACE}:
+        return class_model(size, reader.byte() + CLASSES.start)
     low, widths = reader.signed("smallest symbol"), reader.byte()
     frequencies = np.zeros(size // 2, np.int64)
-    peak = reader.varint(max(size // 2 - 1, 0), "most frequent symbol")
+    peak = reader.varint(size // 2 - 1, "most frequent symbol")
     precision, kept = widths & 15, widths >> 4
-    if size < 2 or kept == 0:
-        raise InvalidCheckpoint("entropy-coded data: a model without symbols or bits")
+    if kept == 0:
+        raise InvalidCheckpoint("entropy-coded data: a model without bits")
     SymbolModel.check_precision(precision)
     at = int(read_frequencies(reader.data, reader.at, peak, precision, kept, frequencies))
     if at < 0:
@@ -224,12 +238,15 @@ def _read_model(reader: Reader) -> SymbolModel:
 
 def _read_segments(reader: Reader, models: int, count: int) -> tuple[Segment, ...]:
     number = reader.varint(reader.data.size, "number of segments")
-    segments = tuple(
+    return tuple(
         Segment(reader.varint(models - 1, "model"), reader.varint(count, "length of a segment")) for _ in range(number)
     )
-    if sum(segment.count for segment in segments) != count or any(segment.count == 0 for segment in segments):
+
+
+def _check_segments(segments: tuple[Segment, ...], models: int, count: int) -> None:
+    is_covered = sum(segment.count for segment in segments) == count and all(segment.count for segment in segments)
+    if not is_covered or not all(0 <= segment.model < models for segment in segments):
         raise InvalidCheckpoint("entropy-coded data: the segments do not cover the sequence")
-    return segments
 
 
 def read_places(data: Bytes, at: int, plan: Plan, models: list[SymbolModel], is_wide: bool) -> list[Place]:

@@ -3,12 +3,12 @@
     u8 version = 1, u8 kind (3 by rows, 4 by columns), varint width: rows or columns of a group, in order
     varint bytes, then a sequence (`layout`): for each group the index of its model
     zeros up to a multiple of 4, and u32 XXH32 of all of that
-    a sequence (`layout`): the numbers, one segment for each model, in the order of the models
+    a sequence (`layout`): the numbers, one segment for each model, in the order of the models; it may leave them out
 
 Under a model stand its groups in ascending order, and in a group its *lines*, rows or columns, one after the other.
 One histogram for all loses 0.05 bit a number where scales vary by a factor of e^0.2, 0.3 at e^0.6; classes of standard
-deviations 2^(k/8) lose less than 0.001 (entropy of discretised Normal variables, exact). Classes only sort the groups:
-the model of a class is then made of the numbers in it, or of the family where that is shorter.
+deviations 2^(k/8) lose less than 0.001 (entropy of discretised Normal variables, exact). Classes sort the groups; the
+model of those in a class is then made of their numbers, or is the class itself (`classes`), whichever is shorter.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from numpy.typing import NDArray
 
 from core.errors import InvalidCheckpoint
 from core.tensors.entropy import layout
+from core.tensors.entropy.classes import CLASSES, STORED_BYTES
 from core.tensors.entropy.coder import encode, encode_segments
 from core.tensors.entropy.decoder import CodedSequence, DType
 from core.tensors.entropy.decoder import decode as decode_sequence
 from core.tensors.entropy.families import FAMILIES, parametric_model, probabilities
 from core.tensors.entropy.layout import Reader, Segment
 from core.tensors.entropy.loops_jit import Bytes, Longs, Numbers
-from core.tensors.entropy.models import SymbolModel, expected_bits
-from core.tensors.entropy.models_jit import model_bytes
+from core.tensors.entropy.models import SymbolModel
 from core.tensors.entropy.windows import model_of_counts
 
 VERSION = 1
 ROWS, COLUMNS = 0, 1
 KINDS = {3: ROWS, 4: COLUMNS}  # of coded data: those of `layout` are sequences
-_CLASSES = range(-16, 57)  # k of the standard deviations 2^(k/8)
 _NEARBY = 512  # numbers farther out are taken for the farthest when classes are chosen
 _FLOOR = 2.0**-16  # of probabilities
-_MODEL_BITS = 400  # about what one more model costs
+_NAMED = {"normal", "laplace"}  # families of classes that files need not describe
+_CLASS_BITS, _MODEL_BITS = 8 * STORED_BYTES, 400  # of one more model: of such a class, and about, of any other
 Doubles = NDArray[np.float64]
 
 
@@ -81,8 +81,9 @@ class CodedMatrix:
         if width == 0:
             raise InvalidCheckpoint("a coded matrix with groups of no rows")
         ids = _read_ids(reader, -(-lines // width))
-        sequence = CodedSequence.parse(data[reader.at :], lines * length)
-        if len(sequence.models) > 1 and list(sequence.plan.segments) != _segments(ids, width, lines, length):
+        segments = _segments(ids, width, lines, length)
+        sequence = CodedSequence.parse(data[reader.at :], lines * length, tuple(segments))
+        if len(sequence.models) > 1 and list(sequence.plan.segments) != segments:
             raise InvalidCheckpoint("a coded matrix whose classes are not those of its numbers")
         return cls(sequence, axis, _order(ids, width, lines), length)
 
@@ -146,36 +147,49 @@ def _coded(turned: Numbers, ids: Longs, width: int) -> Bytes:
     for segment in segments:
         models.append(_model(ordered[first : first + segment.count]))
         first += segment.count
-    return encode_segments(ordered, models, segments)
+    return encode_segments(ordered, models, segments, are_known=True)
 
 
 def _model(codes: Numbers) -> SymbolModel:
-    """Of the numbers themselves, or the best Normal one where that takes less, its own bytes counted."""
+    """Of the numbers themselves, a class, or the best Normal one: what takes least, its own bytes counted."""
+    from core.tensors.entropy.choice import nearest_class, total_bits
     from core.tensors.entropy.windows import counted
 
     values, counts = counted(codes)
-    own = model_of_counts(values, counts)
-    std = float(np.sqrt(np.dot(counts, values.astype(np.float64) ** 2) / counts.sum()))
-    if std == 0 or values[0] >= 0:  # codes of a table: no number below 0 may have a symbol
+    own, named = model_of_counts(values, counts), nearest_class(values, counts)
+    if named is None:
         return own
+    std = float(np.sqrt(np.dot(counts, values.astype(np.float64) ** 2) / counts.sum()))
     family = parametric_model("normal", std, weight=int(counts.sum()))
-    return min((own, family), key=lambda model: _total_bits(model, values, counts))
+    return min((named, own, family), key=lambda model: total_bits(model, values, counts))
 
 
-def _total_bits(model: SymbolModel, values: Longs, counts: Longs) -> float:
-    """Bits of so many of each number, ascending, by a model, its own bytes counted."""
-    first, beyond = np.searchsorted(values, [model.low, model.high + 1])
-    dense = np.zeros(model.size, np.int64)
-    dense[values[first:beyond] - model.low] = counts[first:beyond]
-    outside = int(counts.sum() - counts[first:beyond].sum())
-    if outside and not model.has_escape:
-        return float("inf")
-    dense[-1] += outside
-    return expected_bits(model, dense) + 16 * outside + 8 * model_bytes(model.low, model.frequencies)
+def class_bits(lines: Numbers) -> float:
+    """About how many bits the numbers of a matrix take with a class for each row, models left out."""
+    if not lines.size:
+        return 0.0
+    bits = _group_bits(np.ascontiguousarray(lines), 1, lines.shape[0])
+    return float(bits.min(axis=2).sum(axis=0).min())
+
+
+def class_costs(most: int) -> tuple[Doubles, Doubles]:
+    """Standard deviations of the classes, and bits of the numbers 0 to `most` in each, under the Normal family."""
+    costs = _costs()[: len(CLASSES), : most + 1]
+    return np.array([2.0 ** (k / 8) for k in CLASSES]), costs
 
 
 def _classes(turned: Numbers, width: int, groups: int) -> Longs:
-    """The class of each group: the shortest code among standard deviations of one family, rarely used ones left out.
+    """The class of each group: the shortest code among standard deviations of one family, all that it takes counted."""
+    from core.tensors.entropy.classes_jit import best_classes
+
+    bits, found = _group_bits(turned, width, groups), np.empty((len(FAMILIES), groups), np.int64)
+    costs = [_CLASS_BITS if family in _NAMED and turned.min() < 0 else _MODEL_BITS for family in FAMILIES]
+    sizes = [best_classes(bits[:, i].copy(), cost, found[i]) for i, cost in enumerate(costs)]
+    return np.asarray(found[int(np.argmin(sizes))], np.int64)
+
+
+def _group_bits(turned: Numbers, width: int, groups: int) -> Doubles:
+    """Bits of each group in each family and class: (groups, families, classes).
 
     They are taken about the commonest number, as the codes of most formats count from their lowest value.
     """
@@ -187,27 +201,12 @@ def _classes(turned: Numbers, width: int, groups: int) -> Longs:
     reach = min(max(centre - int(turned.min()), int(turned.max()) - centre), _NEARBY)
     counts = np.zeros((groups, reach + 1))
     count_groups(turned, width, centre, reach, counts)
-    bits = (counts @ _costs()[:, : reach + 1].T).reshape(groups, len(FAMILIES), len(_CLASSES))
-    best = int(bits.min(axis=2).sum(axis=0).argmin())
-    return _pruned(bits[:, best])
+    return (counts @ _costs()[:, : reach + 1].T).reshape(groups, len(FAMILIES), len(CLASSES))
 
 
 @lru_cache(maxsize=1)
 def _costs() -> Doubles:
     """Bits of the numbers from 0 to _NEARBY, and of their negatives, in each class of each family."""
     numbers = np.arange(_NEARBY + 1)
-    rows = [probabilities(family, 2 ** (k / 8), numbers) for family, k in product(FAMILIES, _CLASSES)]
+    rows = [probabilities(family, 2 ** (k / 8), numbers) for family, k in product(FAMILIES, CLASSES)]
     return np.asarray(-np.log2(np.maximum(rows, _FLOOR)))
-
-
-def _pruned(bits: Doubles) -> Longs:
-    """Class of least bits (groups, classes), without classes that save less than their model costs."""
-    kept = np.unique(bits.argmin(axis=1))
-    while kept.size > 1:
-        ranked = np.sort(bits[:, kept], axis=1)
-        chosen = bits[:, kept].argmin(axis=1)
-        saved = np.bincount(chosen, ranked[:, 1] - ranked[:, 0], kept.size)
-        if saved.min() > _MODEL_BITS:
-            break
-        kept = np.delete(kept, saved.argmin())
-    return np.asarray(kept[bits[:, kept].argmin(axis=1)], np.int64)

@@ -19,6 +19,7 @@ from core.ids import content_hash
 from core.jobs.graph import SourceFacts, build
 from core.recipe import allocation, exports, rounding
 from core.recipe.allocation import AllocationSpec, widths_within
+from core.recipe.calibration import CalibrationSpec
 from core.recipe.recipe import Recipe, descriptions, load_recipe, presets
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import parse
@@ -141,15 +142,127 @@ def test_two_spellings_of_one_recipe_have_one_hash(one: dict[str, Any], other: d
     assert first == second
 
 
-def test_unset_parameters_are_left_out_of_the_canonical_form() -> None:
-    canonical = load_recipe(SHORT | {"allocation": {"name": "fisher", "min_bits": 3}}).canonical()
-    assert canonical["allocation"] == {"name": "fisher", "min_bits": 3.0}
+@pytest.mark.parametrize(
+    ("part", "given", "canonical"),
+    [
+        ("allocation", {"name": "fisher", "min_bits": 3}, {"name": "fisher", "min_bits": 3.0}),
+        ("rounding", "gptq", {"name": "gptq"}),
+        ("rounding", {"name": "gptq", "damping": 0, "diagonal": None}, {"name": "gptq", "damping": 0.0}),
+        ("rounding", {"name": "gptq", "steps": None}, {"name": "gptq"}),
+    ],
+)
+def test_parameters_stand_in_the_canonical_form_only_where_they_are_set(part: str, given: Any, canonical: Any) -> None:
+    assert load_recipe(SHORT | {part: given}).canonical()[part] == canonical
 
 
-def test_calibration_is_on_by_itself_only_where_something_needs_it() -> None:
-    assert load_recipe(SHORT).calibration
-    assert not load_recipe(SHORT | {"allocation": "uniform"}).calibration
-    assert load_recipe(SHORT | {"allocation": "uniform", "target": {"kl": 0.1}}).calibration
+NO_TEXT: dict[str, Any] = {"allocation": "uniform"}
+USABLE = {
+    "gptq": "int4@128",
+    "watersic": "grid4@tensor",
+    "error_diffusion": "int4@128",
+    "power_learned": "power4@channel",
+    "squeezellm": "lloyd4-rows@channel",
+    "signround": "int4@128",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation": "fisher"},
+        {"allocation": "higgs"},
+        {"allocation": "baq"},
+        NO_TEXT | {"target": {"kl": 0.1}},
+        NO_TEXT | {"format": "lloyd4-weighted@64"},
+        *(NO_TEXT | {"rounding": name, "format": fmt} for name, fmt in USABLE.items()),
+    ],
+    ids=str,
+)
+def test_what_needs_a_text_turns_calibration_on(changes: dict[str, Any]) -> None:
+    assert load_recipe(SHORT | changes).calibration == CalibrationSpec()
+
+
+def test_calibration_is_off_where_nothing_needs_it() -> None:
+    assert load_recipe(SHORT | NO_TEXT).calibration is False
+    assert load_recipe(SHORT | {"allocation": "heuristic"}).calibration is False
+
+
+def test_every_method_but_nearest_needs_the_covariance() -> None:
+    assert {name for name in RoundingSpec.KNOWN if RoundingSpec(name=name).needs_covariance} == set(USABLE)
+    assert set(RoundingSpec.KNOWN) == {"nearest", *USABLE}
+
+
+GIVEN: dict[str, Any] = {
+    "damping": 0.5,
+    "diagonal": 0.5,
+    "columns": "pivot",
+    "shrinkage": True,
+    "rescale": True,
+    "mmse_damping": 0.5,
+    "classes": True,
+    "paths": 2,
+    "refine": 1,
+    "steps": 1,
+}
+
+
+@pytest.mark.parametrize("name", RoundingSpec.KNOWN)
+def test_a_method_has_its_own_parameters_and_refuses_all_others(name: str) -> None:
+    fmt = USABLE.get(name, "int4@128")
+    own = {key: value for key, value in GIVEN.items() if key in rounding.PARAMETERS[name]}
+    assert load_recipe(SHORT | {"format": fmt, "rounding": {"name": name} | own}).canonical()["rounding"] == {
+        "name": name,
+        **own,
+    }
+    for key in GIVEN.keys() - own.keys():
+        error = refusal(SHORT | {"format": fmt, "rounding": {"name": name, key: GIVEN[key]}})
+        assert (type(error), error.where) == (InvalidRecipe, f"rounding.{key}")
+        assert f"{name} has no parameter {key}" in error.errors[0]["message"]
+        assert error.hint.endswith(f"known: {', '.join(own)}" if own else "it has none")
+
+
+def test_what_is_left_out_takes_the_default_of_the_method() -> None:
+    filled = RoundingSpec.model_validate({"name": "watersic", "paths": 1}).filled
+    assert (filled.columns, filled.paths, filled.rescale, filled.steps) == ("natural", 1, True, None)
+    assert RoundingSpec(name="signround").filled.steps == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "reason", "hint"),
+    [
+        ("watersic", "int4@128", "watersic rounds to grids with rans", "grid3@tensor, or rounding: gptq"),
+        ("watersic", "grid3@64", "with scales of rows or of the tensor", "grid3@tensor"),
+        ("watersic", "grid3@tensor+huffman", "rounds to grids with rans", "grid3@tensor"),
+        ("gptq", "q4_k", "needs scales that stand before the codes are chosen", "int4@32"),
+        ("gptq", "lloyd4-rows@channel", "needs scales that stand before the codes are chosen", "nearest"),
+        ("gptq", "int4@64+outliers0.01", "has no use for outliers", "without that option"),
+        ("gptq", "grid4@tensor+rotate", "does not rotate grids", "without rotation"),
+        ("error_diffusion", "grid4@tensor", "has no grids", "watersic"),
+        ("power_learned", "int4@128", "rounds to power grids", "power4@channel"),
+        ("signround", "nf4@64", "learns offsets to integers", "int4@128"),
+    ],
+)
+def test_a_format_that_a_method_cannot_use_is_refused_with_one_that_it_can(
+    name: str, fmt: str, reason: str, hint: str
+) -> None:
+    for path, changes in (("format", {"format": fmt}), ("overrides.0.format", _overridden(name, fmt))):
+        error = refusal(SHORT | {"rounding": name} | changes)
+        assert (type(error), error.where) == (InvalidRecipe, path)
+        assert reason in error.detail
+        assert hint in error.hint
+
+
+def _overridden(name: str, fmt: str) -> dict[str, Any]:
+    return {"format": USABLE[name], "overrides": [{"match": "*", "format": fmt}]}
+
+
+def test_watersic_stores_the_grid_that_is_asked_for_with_scales_of_columns() -> None:
+    spec = RoundingSpec(name="watersic")
+    assert str(spec.stored_format(parse("grid3@tensor"))) == "grid3@tensor:rms:bf16+columns+rans"
+    assert str(spec.stored_format(parse("grid3@channel"))) == "grid3@channel:rms:fp16+columns+rans"
+    for name in USABLE.keys() - {"watersic"}:
+        fmt = parse(USABLE[name])
+        assert RoundingSpec(name=name).stored_format(fmt) == fmt
 
 
 def test_unknown_keys_are_refused_with_their_path_and_the_nearest_known_key() -> None:
@@ -198,6 +311,14 @@ def test_all_problems_are_listed_and_the_first_is_where_the_error_is() -> None:
         ({"version": True}, "version", "integer"),
         ({"rounding": "neerest"}, "rounding.name", "did you mean nearest"),
         ({"rounding": {"name": 3}}, "rounding.name", "string"),
+        (
+            {"rounding": {"name": "gptq", "layers": "sequential"}},
+            "rounding.layers",
+            "unknown key; known: name, damping",
+        ),
+        ({"rounding": {"name": "gptq", "damping": 1.5}}, "rounding.damping", "1"),
+        ({"rounding": {"name": "gptq", "columns": "sorted"}}, "rounding.columns", "'ascending'"),
+        ({"rounding": "gptq", "allocation": "uniform", "calibration": False}, "rounding", "gptq needs calibration"),
         ({"allocation": "fischer"}, "allocation.name", "did you mean fisher"),
         ({"allocation": {"min_bits": 5, "max_bits": 4}}, "allocation.min_bits", "above max_bits"),
         ({"allocation": {"min_bits": 2.2, "max_bits": 2.8}}, "allocation", "no width between"),
@@ -246,9 +367,6 @@ def test_what_makes_no_sense_is_refused_at_its_path(changes: dict[str, Any], pat
         ({"format": "int4"}, "format", InvalidFormat),
         ({"format": "int4@64+ransx77"}, "format", InvalidFormat),
         ({"overrides": [{"match": "a", "format": "int4"}]}, "overrides.0.format", InvalidFormat),
-        ({"rounding": "gptq"}, "rounding.name", MethodNotAvailable),
-        ({"rounding": {"name": "watersic"}}, "rounding.name", MethodNotAvailable),
-        ({"allocation": "baq"}, "allocation.name", MethodNotAvailable),
         ({"exports": ["bitmill", "gguf"]}, "exports.1", MethodNotAvailable),
     ],
 )
@@ -261,7 +379,7 @@ def test_formats_and_methods_keep_their_own_class(changes: dict[str, Any], path:
 
 
 def test_a_method_that_comes_later_and_a_defect_are_together_a_defect() -> None:
-    error = refusal(SHORT | {"rounding": "gptq", "seed": -1})
+    error = refusal(SHORT | {"exports": ["gguf"], "seed": -1})
     assert type(error) is InvalidRecipe
     assert len(error.errors) == 2
 
@@ -333,6 +451,12 @@ def test_catalogues_describe_every_name_and_its_parameters(catalogue: Any) -> No
     assert json.dumps(catalogue())
 
 
+def test_the_schema_of_a_rounding_method_has_its_parameters_with_their_defaults() -> None:
+    for item in rounding.catalogue():
+        properties = item["parameters"]["properties"]
+        assert {key: field["default"] for key, field in properties.items()} == rounding.PARAMETERS[item["name"]]
+
+
 def test_the_parameters_of_an_allocation_are_in_its_schema() -> None:
     fisher = next(item for item in allocation.catalogue() if item["name"] == "fisher")
     assert set(fisher["parameters"]["properties"]) == {"min_bits", "max_bits"}
@@ -344,15 +468,15 @@ def test_the_schema_has_every_part_and_its_bounds() -> None:
     assert schema["required"] == ["target", "format"]
     bits = schema["$defs"]["Target"]["properties"]["bits_per_param"]["anyOf"][0]
     assert (bits["exclusiveMinimum"], bits["maximum"]) == (0, 64)
-    assert {"type": "string", "enum": ["nearest"]} in schema["$defs"]["RoundingSpec"]["anyOf"]
+    assert {"type": "string", "enum": list(RoundingSpec.KNOWN)} in schema["$defs"]["RoundingSpec"]["anyOf"]
 
 
 def test_a_method_is_refused_where_it_is_made_without_a_recipe() -> None:
     assert RoundingSpec.model_validate({"name": "nearest"}) == RoundingSpec(name="nearest")
-    with pytest.raises(MethodNotAvailable, match="gptq"):
-        RoundingSpec(name="gptq")
     with pytest.raises(InvalidRecipe, match="neerest"):
         RoundingSpec(name="neerest")
+    with pytest.raises(InvalidRecipe, match="gptq has no parameter steps"):
+        RoundingSpec(name="gptq", steps=3)
 
 
 def test_bounds_select_from_the_widths_of_a_format() -> None:

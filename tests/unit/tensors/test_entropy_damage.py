@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from core.errors import InvalidCheckpoint
 from core.tensors.entropy import coder, decoder, layout
+from core.tensors.entropy.classes import class_model
 from core.tensors.entropy.coder import encode, encode_segments
 from core.tensors.entropy.decoder import CodedSequence, decode
 from core.tensors.entropy.huffman import huffman_decode, huffman_encode
@@ -39,6 +40,10 @@ KINDS: dict[str, tuple[NDArray[np.int32], Bytes]] = {
         encode_segments(
             TWO, [histogram_model(TWO[:1500]), histogram_model(TWO[1500:])], [Segment(0, 1500), Segment(1, 700)], 32, 11
         ),
+    ),
+    "classes": (
+        TWO,
+        encode_segments(TWO, [class_model(0, 8), class_model(1, 56)], [Segment(0, 1500), Segment(1, 700)], 32, 11),
     ),
     "plain": (TWO[-60:], encode(TWO[-60:])),
     "constant": (np.full(60, 7, np.int32), encode(np.full(60, 7, np.int32))),

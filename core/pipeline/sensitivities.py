@@ -1,0 +1,48 @@
+"""What a finished calibrate step knows of single tensors, as rounding takes it: read when it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from core.formats.stored import matrix_shape
+from core.jobs.steps import StepOutput
+from core.pipeline.assemble import open_files
+from core.pipeline.calibrate import COVARIANCE_FILE, FISHER_FILE
+from core.pipeline.context import StepContext
+from core.recipe.rounding import RoundingSpec
+from core.rounding.base import Sensitivity
+from core.sensitivity.covariance import Covariances
+from core.storage.checkpoint import CheckpointIndex
+from core.tensors.reader import read_tensor
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """`fisher`: the file of Fisher information; `covariances`: of inputs; None for what was not gathered."""
+
+    fisher: CheckpointIndex | None
+    covariances: Covariances | None
+
+    @classmethod
+    def of_step(cls, ctx: StepContext, calibrated: list[StepOutput], rounding: RoundingSpec) -> Sensitivities:
+        """Of the calibrate step, if the job has one, with the covariances if the method needs them."""
+        files = calibrated[0].files if calibrated else {}
+        fisher = open_files(ctx, {"fisher": files[FISHER_FILE]}) if FISHER_FILE in files else None
+        if not rounding.needs_covariance or COVARIANCE_FILE not in files:
+            return cls(fisher, None)
+        return cls(fisher, Covariances.from_index(open_files(ctx, {"covariance": files[COVARIANCE_FILE]})))
+
+    def of(self, name: str, shape: tuple[int, ...], device: str = "cpu") -> Sensitivity:
+        """Of one tensor; rows that calibration did not reach count alike.
+
+        A matrix that is stored with its inputs as rows, or several in one tensor, has no covariance for its columns.
+        """
+        key = f"{name}.rows"
+        sums = read_tensor(self.fisher, key) if self.fisher is not None and key in self.fisher.tensors else None
+        found = Sensitivity.by_rows(sums, matrix_shape(shape)[0])
+        inputs = self.covariances.of(name) if self.covariances else None
+        if inputs is None or inputs.transposed or len(shape) != 2 or len(inputs.covariance) != shape[1]:
+            return found
+        return Sensitivity(found.row_weights, inputs.covariance.to(torch.device(device)), inputs.tokens)

@@ -1,0 +1,227 @@
+"""Coordinate descent over all levels of a format, and the cost that it lowers: of output errors, from Gram matrices.
+
+With E = W - What, inputs h of the layer and x of the reference model, S = E[h h^T], D = E[(x - h) h^T] and what else
+the output should make up for, r: E || W x + r - What h ||^2 is tr((E S + 2 P) E^T) and a constant, P = W D + E[r h^T].
+Nothing is inverted or factored. `damping` on the diagonal of S and of E[x h^T] draws What towards W.
+
+One step moves one weight of every row to the level at which the cost is least while all others stand still: the cost
+never rises, and there is no rate to choose (power grids and error diffusion, A4 and B4). Rows do not depend on each
+other. fp64 on the CPU; memory is a few matrices of the inputs and tiles of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import InvalidCheckpoint, InvalidFormat
+from core.formats.stored import matrix_shape
+from core.rounding.objective import tiles
+from core.tensors.frame import Frame
+
+if TYPE_CHECKING:
+    from core.rounding.base import Sensitivity
+
+Indices = NDArray[np.int32]
+BLOCK = 64  # columns of a compiled loop
+NEAREST_KEPT = "rounded to nearest, which costs no more"
+_DENSE = 0.1  # of the weights of a block, above which a product of matrices is faster than rows one by one
+_DEAD = 1e-12  # of the largest mean square of an input
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The values that weights may take: those of a table times `scales`, fp32 (rows, blocks), column t in t // width.
+
+    `exact`: a limit between two values is the real product of the table's with the scale, rounded to fp32 otherwise.
+    `zero`: the index under a scale of 0.
+    """
+
+    values: NDArray[np.float32]
+    limits: NDArray[np.float64]
+    upper_on_tie: NDArray[np.bool_]
+    exact: bool
+    zero: int
+    scales: NDArray[np.float32]
+    width: int
+
+    @classmethod
+    def of(cls, frame: Frame) -> Levels:
+        """Those of a frame; numbers lie between them as rounding to nearest has it."""
+        table = frame.table
+        return cls(
+            values=np.array(table.values, np.float32),
+            limits=np.array(table.limits, np.float64),
+            upper_on_tie=np.array(table.upper_on_tie, np.bool_),
+            exact=not frame.format.is_codebook,
+            zero=table.zero,
+            scales=np.ascontiguousarray(frame.scales.cpu().numpy()),
+            width=frame.width,
+        )
+
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """As compiled loops take it."""
+        return self.values, self.limits, self.upper_on_tie, self.exact, self.zero
+
+    @property
+    def least_squares(self) -> Levels:
+        """The same with limits half-way, where the format rounds by others."""
+        values = self.values.astype(np.float64)
+        return replace(self, limits=(values[1:] + values[:-1]) / 2, exact=True)
+
+    def rows(self, first: int, last: int) -> Levels:
+        """Those of some rows."""
+        return replace(self, scales=self.scales[first:last])
+
+    def nearest(self, numbers: torch.Tensor) -> Indices:
+        """Indices of the levels nearest to numbers fp64 (rows, columns)."""
+        from core.rounding.diffusion_jit import nearest_places
+
+        found = np.empty(tuple(numbers.shape), np.int32)
+        nearest_places(numbers.numpy(), self.scales, self.width, self.rule, found)
+        return found
+
+    def decoded(self, indices: Indices) -> torch.Tensor:
+        """fp64 (rows, columns)."""
+        scales = np.repeat(self.scales, self.width, axis=1)[:, : indices.shape[1]]
+        return torch.from_numpy((self.values[indices] * scales).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class OutputCost:
+    """`covariance`: S. `drift`: D, None for one stream. `residual`: E[r h^T] (rows, n) or None. All fp64 on the CPU, in
+    the basis in which weights are coded, and in units of the largest mean square of an input. `damping`: on S's
+    diagonal.
+    """
+
+    covariance: torch.Tensor
+    drift: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    damping: float = 0.0
+
+    @classmethod
+    def of(cls, sensitivity: Sensitivity, frame: Frame) -> OutputCost:
+        """Of the statistics of a layer, undamped.
+
+        InvalidCheckpoint where there are none, or NaN or infinity in them; InvalidFormat for those of another number
+        of inputs or outputs.
+        """
+        _check(sensitivity, *matrix_shape(frame.shape))
+        turned = sensitivity.turned(frame.turned, frame.turned_outputs)
+        covariance, cross, residual = map(_on_cpu, (turned.covariance, turned.cross, turned.residual))
+        if covariance is None or sensitivity.covariance is None:
+            raise InvalidCheckpoint("there are no statistics of the layer's inputs", hint="nearest needs none")
+        largest = float(sensitivity.covariance.diagonal().max()) if len(covariance) else 0.0
+        unit = largest if largest > 0 else 1.0
+        return cls(
+            (covariance + covariance.T) / (2 * unit),
+            None if cross is None else (cross - covariance) / unit,
+            None if residual is None else residual / unit,
+        )
+
+    def damped(self, share: float) -> OutputCost:
+        """With that share of the mean square of the inputs as damping."""
+        mean = float(self.covariance.diagonal().mean()) if len(self.covariance) else 0.0
+        return replace(self, damping=share * mean)
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """Inputs that are not always zero, bool (n,)."""
+        return self.covariance.diagonal() > _DEAD
+
+    def pull(self, weight: torch.Tensor, first: int) -> torch.Tensor | None:
+        """P of rows `first`... of W, fp64 (rows, n); None where it is 0."""
+        moved = None if self.drift is None else weight @ self.drift
+        if self.residual is None:
+            return moved
+        owed = self.residual[first : first + len(weight)]
+        return owed if moved is None else moved + owed
+
+    def slopes(self, error: torch.Tensor, pull: torch.Tensor | None) -> torch.Tensor:
+        """-(E S + P), damped: half the derivative by What."""
+        found = error @ self.covariance
+        if self.damping:
+            found += self.damping * error
+        return found.neg_() if pull is None else found.add_(pull).neg_()
+
+    def of_error(self, error: torch.Tensor, pull: torch.Tensor | None) -> float:
+        """The damped cost of some rows."""
+        slopes = self.slopes(error, pull)
+        return -float(torch.sum((slopes if pull is None else slopes - pull) * error))
+
+
+def _on_cpu(statistic: torch.Tensor | None) -> torch.Tensor | None:
+    return None if statistic is None else statistic.cpu().double()
+
+
+def _check(sensitivity: Sensitivity, rows: int, columns: int) -> None:
+    square = (columns, columns)
+    for name, shape in {"covariance": square, "cross": square, "residual": (rows, columns)}.items():
+        given: torch.Tensor | None = getattr(sensitivity, name)
+        if given is not None and tuple(given.shape) != shape:
+            raise InvalidFormat(f"a {name} of {list(given.shape)} for a weight that asks for {list(shape)}")
+        if given is not None and not bool(torch.isfinite(given).all()):
+            raise InvalidCheckpoint(f"the {name} of the inputs holds NaN or infinity")
+
+
+def best_indices(
+    frame: Frame,
+    cost: OutputCost,
+    start: Callable[[torch.Tensor, int, Levels], Indices],
+    passes: int,
+) -> torch.Tensor | None:
+    """Indices (rows, columns) on the weight's device: `start`, then at most so many passes of descent.
+
+    None where rounding to nearest costs no more. `start` takes some rows of W, fp64, the first one's number, and the
+    levels of these rows.
+    """
+    levels, (rows, columns) = Levels.of(frame), frame.matrix.shape
+    found = np.empty((rows, columns), np.int32)
+    gain = 0.0
+    for first, last in tiles(rows, columns):
+        weight, here = frame.matrix[first:last].cpu().double(), levels.rows(first, last)
+        pull = cost.pull(weight, first)
+        indices = start(weight, first, here)
+        descend(weight, indices, cost, pull, here, passes)
+        gain += cost.of_error(weight - here.decoded(here.nearest(weight)), pull)
+        gain -= cost.of_error(weight - here.decoded(indices), pull)
+        found[first:last] = indices
+    return torch.from_numpy(found).to(frame.matrix.device) if gain > 0 else None
+
+
+def descend(
+    weight: torch.Tensor, indices: Indices, cost: OutputCost, pull: torch.Tensor | None, levels: Levels, passes: int
+) -> int:
+    """Improve the indices of some rows in place, until nothing moves or the passes are used up; answers how many moved.
+
+    Columns in their order, first to last, in every pass.
+    """
+    from core.rounding.diffusion_jit import descend_block, pass_on
+
+    if not passes or not indices.size:
+        return 0
+    levels, columns, total = levels.least_squares, indices.shape[1], 0
+    slopes = cost.slopes(weight - levels.decoded(indices), pull)
+    hessian, moves = cost.covariance, np.empty((len(indices), BLOCK))
+    shared = (hessian.numpy(), cost.damping, levels.scales, levels.width, levels.rule)
+    for _ in range(passes):
+        before = total
+        for low in range(0, columns, BLOCK):
+            high = min(low + BLOCK, columns)
+            here = moves[:, : high - low]
+            moved = descend_block(slopes.numpy(), *shared, low, high, indices, here)
+            total += moved
+            if moved > _DENSE * here.size:
+                slopes[:, :low].addmm_(torch.from_numpy(here), hessian[low:high, :low])
+                slopes[:, high:].addmm_(torch.from_numpy(here), hessian[low:high, high:])
+            elif moved:
+                pass_on(slopes.numpy(), hessian.numpy(), low, high, here)
+        if total == before:
+            break
+    return total

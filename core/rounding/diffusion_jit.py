@@ -1,0 +1,129 @@
+"""Compiled loops that choose levels one after another along a row and pass on what each leaves over.
+
+They work on row-major tiles of weights in fp64, on the columns `low` to `high` of one block; what a block owes to the
+columns outside it is one product of matrices, made by the caller. `rule`: values (fp32, for scale 1), their limits,
+whether a number at a limit takes the upper value, whether limits times scales are exact or rounded to fp32, and the
+index where the scale is 0: so indices are those of rounding to nearest, ties included (`core.tensors.indices`).
+`scales` (rows, blocks), column t in block t // width. Decoded is fl32(value * scale).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.tensors.kernels.cpu_jit import Doubles, Floats, Ints, compiled, inlined
+
+Rule = tuple[Floats, Doubles, NDArray[np.bool_], bool, int]
+
+
+@inlined
+def place_of(number: float, scale: float, rule: Rule) -> Any:
+    """The index of the level nearest to a number."""
+    _, limits, upper_on_tie, exact, zero = rule
+    if scale == 0.0:
+        return np.int32(zero)
+    magnitude, turned = abs(np.float64(scale)), np.float64(number if scale > 0.0 else -number)
+    low, high = 0, limits.size
+    while low < high:
+        middle = (low + high) // 2
+        limit = limits[middle] * magnitude
+        if not exact:
+            limit = np.float64(np.float32(limit))
+        if turned > limit or (turned == limit and upper_on_tie[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return np.int32(low)
+
+
+@compiled
+def nearest_places(numbers: Doubles, scales: Floats, width: int, rule: Rule, indices: Ints) -> None:
+    """Indices (rows, columns) of the levels nearest to `numbers`."""
+    for row in range(numbers.shape[0]):
+        for t in range(numbers.shape[1]):
+            indices[row, t] = place_of(numbers[row, t], scales[row, t // width], rule)
+
+
+@compiled
+def spread_block(
+    wanted: Doubles,
+    weights: Doubles,
+    ratios: Doubles,
+    scales: Floats,
+    width: int,
+    rule: Rule,
+    low: int,
+    high: int,
+    indices: Ints,
+    errors: Doubles,
+) -> None:
+    """Round each column of `wanted`, then add its error times ratios[t, s] to the later columns s of the block.
+
+    An error is the weight less what it is decoded as: `errors` (rows, high - low).
+    """
+    values = rule[0]
+    for row in range(wanted.shape[0]):
+        for t in range(low, high):
+            scale = scales[row, t // width]
+            found = place_of(wanted[row, t], scale, rule)
+            indices[row, t] = found
+            error = weights[row, t] - np.float64(np.float32(values[found] * scale))
+            errors[row, t - low] = error
+            for s in range(t + 1, high):
+                wanted[row, s] += error * ratios[t, s]
+
+
+@compiled
+def descend_block(
+    slopes: Doubles,
+    hessian: Doubles,
+    damping: float,
+    scales: Floats,
+    width: int,
+    rule: Rule,
+    low: int,
+    high: int,
+    indices: Ints,
+    moves: Doubles,
+) -> int:
+    """Move each column to the level at which the cost is least, all others held; answers how many were moved.
+
+    `slopes` (rows, columns): half the derivative of the cost by the decoded weights, kept up to date within the block.
+    `hessian`: half the second derivative but for `damping` on its diagonal. `moves` (rows, high - low): by how much.
+    """
+    values, moved = rule[0], 0
+    for row in range(slopes.shape[0]):
+        for t in range(low, high):
+            moves[row, t - low] = 0.0
+            curve = hessian[t, t] + damping
+            if curve <= 0.0:
+                continue
+            scale = scales[row, t // width]
+            held = np.float64(np.float32(values[indices[row, t]] * scale))
+            found = place_of(held - slopes[row, t] / curve, scale, rule)
+            move = np.float64(np.float32(values[found] * scale)) - held
+            if move * (2.0 * slopes[row, t] + move * curve) >= 0.0:
+                continue
+            indices[row, t], moves[row, t - low], moved = found, move, moved + 1
+            for s in range(low, high):
+                slopes[row, s] += move * hessian[t, s]
+            slopes[row, t] += move * damping
+    return moved
+
+
+@compiled
+def pass_on(slopes: Doubles, hessian: Doubles, low: int, high: int, moves: Doubles) -> None:
+    """slopes += moves x hessian[low:high] for the columns outside the block, where few have moved."""
+    columns = slopes.shape[1]
+    for row in range(slopes.shape[0]):
+        for t in range(low, high):
+            move = moves[row, t - low]
+            if move == 0.0:
+                continue
+            for s in range(low):
+                slopes[row, s] += move * hessian[t, s]
+            for s in range(high, columns):
+                slopes[row, s] += move * hessian[t, s]

@@ -1,0 +1,96 @@
+"""Error diffusion (reconstruction): what a column leaves over of the layer's output is given to the next column.
+
+The paper (arXiv 2410.11203) publishes aims and constraints; this is the reconstruction of power grids and error
+diffusion, B2, in Gram form, and is to be reported as such. Column t is rounded at the value that makes up best for the
+output error of the columns before it,
+
+    v = (W E[x h_t] - What_(<t) S_(<t) t) / S_tt,    W and E[x h_t] up to column t
+
+in natural order, with the scales that rounding to nearest has, fixed beforehand. Nothing is inverted: there is no
+Cholesky factorisation that could fail. With inputs that are orthogonal, or all zero, it is rounding to nearest. Inputs
+that are always zero are rounded directly. Then come `refine` passes of coordinate descent (B4; ours, not the paper's)
+under a damping of 1 % of the mean square of the inputs.
+
+Whether a layer gains is not certain, and with Gram matrices alone no columns are held back to measure it: the whole
+tensor keeps the codes of rounding to nearest where these cost less by the damped cost. With fewer than 256 tokens,
+where they are counted, there is too little to learn from, and the tensor is rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from core.recipe.rounding import RoundingSpec
+from core.recipe.tensor_format import TensorFormat
+from core.rounding.descent import BLOCK, NEAREST_KEPT, Indices, Levels, OutputCost, best_indices
+from core.tensors.encoded import EncodedTensor
+from core.tensors.frame import Frame
+from core.tensors.nearest import encode_nearest
+
+if TYPE_CHECKING:
+    from core.rounding.base import Sensitivity
+
+DAMPING = 0.01
+LEAST_TOKENS = 256
+
+
+def round_tensor(
+    weight: torch.Tensor,
+    fmt: TensorFormat,
+    sensitivity: Sensitivity,
+    spec: RoundingSpec,
+    seed: int,
+) -> EncodedTensor:
+    """Codes by error diffusion and coordinate descent; `spec.refine`: passes, 10 where it is left out.
+
+    With `cross` in the statistics two streams, one without. `residual` counts in the descent. InvalidFormat for a
+    format without fixed table and scales, or for statistics of other inputs; InvalidCheckpoint without statistics.
+    """
+    frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
+    cost, tokens = OutputCost.of(sensitivity, frame), sensitivity.tokens
+    is_short = tokens is not None and tokens < LEAST_TOKENS
+    found = None if is_short else _diffused(frame, cost, spec.filled.refine or 0)
+    if found is not None:
+        return frame.encoded(found)
+    note = f"rounded to nearest: fewer than {LEAST_TOKENS} tokens" if is_short else NEAREST_KEPT
+    return encode_nearest(weight, fmt, seed=seed, row_weights=sensitivity.row_weights).with_notes((note,))
+
+
+def _diffused(frame: Frame, cost: OutputCost, passes: int) -> torch.Tensor | None:
+    """Indices, None where those of rounding to nearest cost no more."""
+    ratios = _per_variance(cost.covariance, cost)
+    ahead = None if cost.drift is None else _per_variance(cost.drift.triu(), cost)
+
+    def start(rows: torch.Tensor, _first: int, levels: Levels) -> Indices:
+        return spread(rows, None if ahead is None else rows @ ahead, ratios, levels)
+
+    return best_indices(frame, cost.damped(DAMPING), start, passes)
+
+
+def spread(weight: torch.Tensor, offset: torch.Tensor | None, ratios: torch.Tensor, levels: Levels) -> Indices:
+    """Columns first to last rounded at w_t + offset_t + sum over s < t of (w_s - what_s) ratios_st: indices.
+
+    `weight`, `offset`: some rows, fp64. By the covariance over its diagonal it is error diffusion; by its triangular
+    factor over that one's diagonal, successive rounding (GPTQ, Babai's nearest plane).
+    """
+    from core.rounding.diffusion_jit import spread_block
+
+    wanted = weight.clone() if offset is None else weight + offset
+    rows, columns = weight.shape
+    found, errors = np.empty((rows, columns), np.int32), np.empty((rows, BLOCK))
+    given = (wanted.numpy(), weight.numpy(), ratios.numpy(), levels.scales, levels.width, levels.rule)
+    for low in range(0, columns, BLOCK):
+        high = min(low + BLOCK, columns)
+        here = errors[:, : high - low]
+        spread_block(*given, low, high, found, here)
+        wanted[:, high:].addmm_(torch.from_numpy(here), ratios[low:high, high:])
+    return found
+
+
+def _per_variance(matrix: torch.Tensor, cost: OutputCost) -> torch.Tensor:
+    """Columns over the variances of their inputs, 0 for those that are always zero."""
+    variances = torch.where(cost.alive, cost.covariance.diagonal(), torch.inf)
+    return matrix / variances

@@ -1,0 +1,169 @@
+"""The file of input covariances: E[x xᵀ] over the calibration tokens, for each distinct input of the matrices.
+
+covariance.safetensors has parts `KEY.covariance` F32 (inputs, inputs), symmetric, where KEY is the first, sorted, of
+the tensors that multiply with that input. The metadata tells of each tensor its key, how many tokens were seen and
+whether the stored matrix is (in, out), and why other matrices have none. Parts lie in the order in which they were
+made: the writer puts each into the file at once and holds none, so its header is padded to the room it had set aside.
+
+Promise: the same statistics in the same order give the same bytes. It computes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+
+from core.errors import BitmillError, InvalidCheckpoint, OutOfDisk
+from core.storage.checkpoint import CheckpointIndex
+from core.storage.safetensors_header import MAX_HEADER_BYTES
+from core.tensors.reader import read_tensor
+from core.tensors.writer import tensor_bytes
+
+_FILE_VERSION = 1
+_METADATA = "bitmill_covariance"
+_SUFFIX = ".covariance"
+_ROOM_PER_TENSOR = 1024
+_MAX_REASON = 200
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """`covariance`: E[x xᵀ], fp64 (inputs, inputs), over `tokens`. `transposed`: inputs are the matrix's rows."""
+
+    covariance: torch.Tensor
+    tokens: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class InputUse:
+    """What the file knows of one tensor without its matrix: `inputs` is the matrix's order, `key` whose part it is."""
+
+    key: str
+    inputs: int
+    tokens: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """A file of covariances. `uses`: by tensor; `reasons`: why a matrix has none."""
+
+    uses: Mapping[str, InputUse]
+    reasons: Mapping[str, str]
+    index: CheckpointIndex
+
+    @classmethod
+    def from_index(cls, index: CheckpointIndex) -> Covariances:
+        """Of an opened file, wherever it lies; InvalidCheckpoint for another."""
+        try:
+            about = json.loads(index.metadata[_METADATA])
+            if about["version"] != _FILE_VERSION:
+                raise InvalidCheckpoint(f"covariances of version {about['version']}, not {_FILE_VERSION}")
+            uses = {
+                name: InputUse(
+                    key=str(one["key"]),
+                    inputs=int(index.tensors[one["key"] + _SUFFIX].shape[0]),
+                    tokens=int(one["tokens"]),
+                    transposed=bool(one.get("transposed", False)),
+                )
+                for name, one in about["tensors"].items()
+            }
+            return cls(uses, {str(name): str(reason) for name, reason in about["reasons"].items()}, index)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InvalidCheckpoint("not a file of covariances", where=next(iter(index.headers), "")) from error
+
+    def of(self, name: str) -> InputStatistics | None:
+        """The statistics of a tensor's inputs, read anew; None where there are none, for which `reasons` has a word."""
+        if (use := self.uses.get(name)) is None:
+            return None
+        return InputStatistics(read_tensor(self.index, use.key + _SUFFIX).double(), use.tokens, use.transposed)
+
+    def describe(self) -> dict[str, Any]:
+        """{tensors: {name: {tokens, inputs, key}}, not_reached: {name: reason}}."""
+        return {
+            "tensors": {
+                name: {"tokens": use.tokens, "inputs": use.inputs, "key": use.key}
+                for name, use in sorted(self.uses.items())
+            },
+            "not_reached": dict(sorted(self.reasons.items())),
+        }
+
+
+class CovarianceWriter:
+    """A new file being written; a context manager. `names`: the tensors it may tell of, for which it keeps room."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        room = sum(4 * len(_json(json.dumps(name))) + _ROOM_PER_TENSOR for name in names)
+        self._room = min(MAX_HEADER_BYTES, (_ROOM_PER_TENSOR + room) // 8 * 8)
+        self._fields: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._reasons: dict[str, str] = {}
+        self._path, self._end = path, 0
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._put(0, b"\0" * 8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                self._put(0, self._header())
+                os.fsync(self._file.fileno())
+
+    def write(self, key: str, size: int, panels: Iterator[torch.Tensor], users: Mapping[str, tuple[int, bool]]) -> None:
+        """One matrix (size, size) as F32 panels of its rows; `users`: tokens and whether transposed, by tensor."""
+        start = self._end
+        for panel in panels:
+            data = tensor_bytes(panel)
+            self._put(8 + self._room + self._end, data)
+            self._end += len(data)
+        if self._end - start != 4 * size * size:
+            raise BitmillError(f"planned as {size} rows, has {(self._end - start) / (4 * size):g}", where=key)
+        self._fields[key + _SUFFIX] = {"dtype": "F32", "shape": [size, size], "data_offsets": [start, self._end]}
+        for name, (tokens, transposed) in users.items():
+            self._tensors[name] = {"key": key, "tokens": tokens} | ({"transposed": True} if transposed else {})
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Say why a tensor has no statistics, whatever was written of it before; the first reason counts."""
+        self._tensors.pop(name, None)
+        self._reasons.setdefault(name, reason[:_MAX_REASON])
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The tensors with statistics or a reason."""
+        return frozenset((*self._tensors, *self._reasons))
+
+    def _header(self) -> bytes:
+        about = {
+            "version": _FILE_VERSION,
+            "tensors": dict(sorted(self._tensors.items())),
+            "reasons": dict(sorted(self._reasons.items())),
+        }
+        text = _json({"__metadata__": {_METADATA: json.dumps(about, ensure_ascii=False)}, **self._fields})
+        if len(text) > self._room:
+            raise BitmillError(f"the header has {len(text)} bytes, room for {self._room}", where=self._path.name)
+        return self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
+
+    def _put(self, offset: int, data: bytes | memoryview) -> None:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done : done + (1 << 30)], offset + done)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutOfDisk("the disk is full", where=str(self._path)) from error
+            raise
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,63 @@
+"""Every rounding method goes through a whole job: budget held, artefact read back, what was degraded stands in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import InvalidRecipe
+from core.exports.artefact import Artefact
+from core.pipeline.local import run_recipe
+from core.recipe.recipe import load_recipe
+from core.storage.checkpoint import CheckpointIndex
+from core.storage.sources import folder_sources
+
+METHODS = [
+    ("gptq", "int4@32"),
+    ("gptq", "grid4@tensor"),
+    ("watersic", "grid4@tensor"),
+    ("error_diffusion", "mxint4"),
+    ("power_learned", "power4@channel"),
+    ("squeezellm", "lloyd4-rows@channel"),
+    ("signround", "int4@32"),
+]
+
+
+def recipe(name: str, text: str, **more: Any) -> dict[str, Any]:
+    return {
+        "target": {"bits_per_param": 6.0},
+        "format": text,
+        "rounding": {"name": name, "steps": 5} if name == "signround" else name,
+        "allocation": "uniform",
+        "calibration": {"text": "builtin", "sequences": 2, "sequence_length": 32},
+        "evaluation": {"text": "builtin", "sequences": 2, "sequence_length": 32},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(("name", "text"), METHODS)
+def test_a_job_with_each_method(llama: Path, tmp_path: Path, name: str, text: str) -> None:
+    report = run_recipe(llama, load_recipe(recipe(name, text)), tmp_path / "out", device="cpu", threads=1)
+    assert report["summary"]["bits_per_param"] <= 6.0
+    artefact = Artefact.open(CheckpointIndex.from_files(folder_sources(tmp_path / "out")))
+    notes = {
+        row["name"]: row.get("notes", [])
+        for row in json.loads((tmp_path / "out/manifest.json").read_bytes())["tensors"]
+    }
+    assert any("no statistics of its inputs" in note for note in notes["model.embed_tokens.weight"])
+    for tensor in notes:
+        assert artefact.decode(tensor).isfinite().all()
+
+
+def test_a_method_that_needs_statistics_needs_a_text(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRecipe, match="gptq needs calibration"):
+        load_recipe(recipe("gptq", "int4@32", calibration=False))
+
+
+def test_an_override_that_the_method_cannot_use_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(BaseException, match="watersic") as refused:
+        load_recipe(recipe("watersic", "grid4@tensor", overrides=[{"match": "*", "format": "int4@32"}]))
+    assert "overrides.0.format" in str(getattr(refused.value, "where", ""))
