@@ -44,7 +44,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	for name in $(filter-out benchmarks/one_core.py,$(wildcard benchmarks/*.py)); do $(BIN)/python "$$name" || exit 1; done
 
-# The numbers, the picture and all that commands answer in the documentation, measured anew: ten minutes.
+# The numbers, the picture and all that commands answer in the documentation, measured anew: a quarter of an hour.
 picture: setup
 	mkdir -p build
 	$(BIN)/python benchmarks/allocation_table.py --format t7_4@32:signmax-search:e4m3 --bits 3 3.5 4 4.5 5 > build/allocation.jsonl

@@ -45,6 +45,7 @@ TITLES = {
 CURVES_OF = ("identity", "ar1_0.9", "scaled_ar1", "pow2_haar")
 RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 WIDTHS = (2.0, 3.0, 4.0, 5.0)
+SLOW, WIDTH_OF_SLOW = ("signround",), (3.0,)  # half a minute for each point
 LIMIT_RATES = tuple(step / 8 for step in range(6, 49))
 TABLE_RATES = (2.0, 3.0, 4.0)
 
@@ -63,6 +64,8 @@ class Series:
 
     @property
     def widths(self) -> tuple[float, ...]:
+        if self.rounding["name"] in SLOW:
+            return WIDTH_OF_SLOW
         return RATES if self.format.startswith("grid") else WIDTHS
 
 
@@ -273,7 +276,7 @@ def gap_table(rows: list[Row], rate: float) -> str:
     lines = [f"| method, format | {' | '.join(f'`{family}`' for family in TITLES)} |", "|---|" + "---|" * len(TITLES)]
     for series in SERIES:
         name = series.format.format(number_text(rate))
-        if series.title in drawn:
+        if series.title in drawn and rate in series.widths:
             cells = (f"{found[series.title, family, name].gap:.2f}" for family in TITLES)
             lines.append(f"| `{series.rounding['name']}`, `{name}` | {' | '.join(cells)} |")
     predicted = {row.family: row.predicted for row in rows if isinstance(row, Predicted)}

@@ -85,8 +85,8 @@ class RoundingSpec(NamedPart):
         for key in self.model_fields_set - {"name"}:
             if key not in known and getattr(self, key) is not None:
                 hint = did_you_mean(key, tuple(known)) if known else "it has none"
-                message = f"{self.name} has no parameter {key} ({hint})"
-                problem = ({"path": f"rounding.{key}", "message": message},)
+                message = f"{self.name} has no parameter {key}"
+                problem = ({"path": f"rounding.{key}", "message": f"{message} ({hint})"},)
                 refuse(InvalidRecipe(message, where=f"rounding.{key}", hint=hint, errors=problem), info)
         return self
 

@@ -52,7 +52,9 @@ def round_tensor(
 def frame_indices(frame: Frame, objective: Objective, paths: int = 1) -> torch.Tensor:
     """Indices int32 (rows, columns) into the frame's table; inputs that are always zero take the nearest value."""
     table, rows = Table.of(frame.table), len(frame.matrix)
-    indices = torch.from_numpy(nearest(frame, table))
+    is_whole = len(objective.dead) == 0
+    empty = torch.empty(frame.matrix.shape, dtype=torch.int32)
+    indices = empty if is_whole else torch.from_numpy(nearest(frame, table))
     scales = frame_scales(frame, objective.order)
     for first, last in tiles(rows, objective.inputs):
         targets = objective.targets(objective.rows(frame.matrix, first, last), first)

@@ -177,11 +177,12 @@ class GridRounding:
             values = stored_values(values)
         found = np.empty((self.objective.inputs, len(self.weight)), np.int32)
         for first, last in tiles(len(self.weight), self.objective.inputs):
-            targets = self.objective.targets(self._tile(first, last)[1], first)
+            is_whole = last - first == len(self.weight)
+            targets = self.targets if is_whole else self.objective.targets(self._tile(first, last)[1], first)
             scales = self.scales.of_rows(first, last)
             if self.settings.paths == 1:
                 given = (self.objective.factor, values / gains, scales, gains)
-                found[:, first:last] = round_to_steps(targets, *given).numbers
+                found[:, first:last] = round_to_steps(targets.clone(), *given).numbers
             else:
                 price = _PRICE * self._error(steps)
                 search = (np.maximum(spreads, _LEAST_STD), price, self.settings.paths)
@@ -201,7 +202,7 @@ class GridRounding:
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        """Y^T (places, rows) of all rows; of a sample, they fit into memory."""
+        """Y^T (places, rows) of all rows, where they are no more than a tile."""
         return self.objective.targets(*self._tile(0, len(self.weight))[::-1]).contiguous()
 
     def _error(self, steps: Doubles) -> float:

@@ -46,6 +46,15 @@ def scale_parts(fit: Fit, objective: Objective, columns: int) -> dict[str, torch
     }
 
 
+def _solved(matrix: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Gains of the columns, 1 for columns of zeros."""
+    ridge = max(_LEAST_RIDGE, _RIDGE * float(matrix.diagonal().mean()))
+    unused = matrix.diagonal() <= 0
+    ridged = matrix + torch.diag(torch.where(unused, 1.0, ridge).to(matrix))
+    gains = torch.linalg.solve(ridged, wanted).clamp(*_FURTHEST)
+    return torch.where(unused, 1.0, gains)
+
+
 @dataclass(frozen=True)
 class Numbers:
     """A weight fp32 (rows, columns), and its numbers (places, rows) as they were rounded."""
@@ -54,18 +63,27 @@ class Numbers:
     numbers: torch.Tensor
     objective: Objective
 
+    def columns_stored(self, fit: Fit) -> Fit:
+        """The best that can be stored for the columns: the least squares or one factor for all, if that is better."""
+        matrix, wanted = self._normal_equations(fit)
+        gains = _solved(matrix, wanted)
+        single = float(wanted.sum() / matrix.sum()) if float(matrix.sum()) > 0 else 1.0
+        offered = [fit.columns, fit.columns * max(single, 0.1), fit.columns * gains]
+        stored = [stored_fit(replace(fit, columns=columns), has_rows=False) for columns in offered]
+
+        def cost(one: Fit) -> float:
+            ratio = torch.where(fit.columns > 0, one.columns / fit.columns, 1.0)
+            return float(ratio @ (matrix @ ratio) - 2 * (wanted @ ratio))
+
+        return min(stored, key=cost)
+
     def excess(self, fit: Fit) -> float:
         """The objective without its constant."""
         return sum(self.objective.excess(self._decoded(fit, *rows), self._cross(*rows)) for rows in self._tiles)
 
     def columns_fitted(self, fit: Fit) -> Fit:
         """With the columns' scales at the least objective for these rows' scales; as they were where none is less."""
-        matrix, wanted = self._normal_equations(fit)
-        ridge = max(_LEAST_RIDGE, _RIDGE * float(matrix.diagonal().mean()))
-        unused = matrix.diagonal() <= 0
-        matrix = matrix + torch.diag(torch.where(unused, 1.0, ridge).to(matrix))
-        gains = torch.linalg.solve(matrix, wanted).clamp(*_FURTHEST)
-        gains = torch.where(unused, 1.0, gains)
+        gains = _solved(*self._normal_equations(fit))
         before = self.excess(fit)
         for share in (1.0, *_SHORTER):
             found = replace(fit, columns=fit.columns * (1 + share * (gains - 1)))
@@ -85,14 +103,13 @@ class Numbers:
         mean = rows.abs().mean()
         return Fit(rows / mean, fit.columns * mean) if float(mean) > 0 else fit
 
-    def fitted(self, fit: Fit, *, rows: bool, rounds: int) -> Fit:
-        """Columns, and rows too where asked, until the objective stays."""
+    def fitted(self, fit: Fit, *, rounds: int) -> Fit:
+        """Columns and rows in turn, until the objective stays."""
         before = self.excess(fit)
         for _ in range(rounds):
-            fit = self.columns_fitted(fit)
-            fit = self.rows_fitted(fit) if rows else fit
+            fit = self.rows_fitted(self.columns_fitted(fit))
             now = self.excess(fit)
-            if not rows or abs(before - now) <= _CLOSE * abs(now):
+            if abs(before - now) <= _CLOSE * abs(now):
                 break
             before = now
         return fit

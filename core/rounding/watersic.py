@@ -2,9 +2,10 @@
 
 Steps c / L_ii make every column add the same distortion, so that the rate is 0.2546 bit above the limit whatever the
 inputs are; the entropy coder pays each column what it needs (data-aware rounding, section 4). What goes beyond the
-paper (section 5, and the search over several paths, which is not in it): codes by classes of columns, columns of small
-conditional variance first, damping towards zero at low rates, rows searched with several paths at a price for bits. The
-paper's method is `columns: natural, paths: 1, mmse_damping: 0, classes: false`. Formats: grids with scales of columns.
+paper (section 5, and the search over several paths, which is not in it): codes by classes of columns, damping towards
+zero, rows searched with several paths at a price for bits, scales of columns in a byte each. The paper's method is
+`paths: 1, mmse_damping: 0, classes: false`; with one path, `columns: pivot` is the best order, with several it is the
+natural one, which leaves correlated columns beside each other. Formats: grids with scales of columns.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def _fit(matrix: torch.Tensor, found: Found, objective: Objective, fmt: TensorFo
     has_rows = fmt.granularity == "channel"
     if not rescales:
         return start
-    fit = stored_fit(numbers.fitted(start, rows=has_rows, rounds=_RESCALINGS), has_rows=False)
-    fit = stored_fit(numbers.rows_fitted(fit), has_rows=True) if has_rows else fit
+    if not has_rows:
+        return numbers.columns_stored(start)
+    fit = stored_fit(numbers.fitted(start, rounds=_RESCALINGS), has_rows=False)
+    fit = stored_fit(numbers.rows_fitted(fit), has_rows=True)
     return min((start, fit), key=numbers.excess)
