@@ -44,6 +44,20 @@ class Sensitivity:
             return cls(row_weights=torch.ones(rows, dtype=torch.float64))
         return cls(row_weights=sums.double().repeat_interleave(rows // sums.numel()))
 
+    def on(self, device: str) -> Sensitivity:
+        """The same on a device."""
+
+        def moved(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.to(device)
+
+        return replace(
+            self,
+            row_weights=moved(self.row_weights),
+            covariance=moved(self.covariance),
+            cross=moved(self.cross),
+            residual=moved(self.residual),
+        )
+
     def turned(self, inputs: Turn, outputs: Turn) -> Sensitivity:
         """In another basis: `inputs` turns the last dimension of statistics of inputs, `outputs` rows of outputs."""
 
@@ -75,6 +89,9 @@ def round_tensor(
     takes all inputs for equal and independent, which its notes say.
     """
     given, fmt = sensitivity or Sensitivity(), spec.stored_format(fmt)
+    if weight.device.type != "cpu" and spec.needs_covariance:  # their loops over columns are compiled for the CPU
+        encoded = round_tensor(weight.cpu(), fmt, spec, sensitivity=given.on("cpu"), seed=seed)
+        return replace(encoded, stored={name: part.to(weight.device) for name, part in encoded.stored.items()})
     if not spec.needs_covariance or given.covariance is not None:
         return _METHODS[spec.name](weight, fmt, given, spec, seed)
     columns = weight.shape[-1] if weight.ndim else 1
