@@ -1,8 +1,9 @@
 """Distance from the limit of data-aware rounding, in stored bits: every covariance family, method and rate.
 
-The layer is Normal, 4096 x 512, the statistics are exact. Rates are all stored bytes. Prints JSON lines.
+The layer is Normal, 4096 x 512, the statistics are exact. Rates are all stored bytes. Prints JSON lines. `--orders`
+compares orders of columns and numbers of paths instead of methods.
 
-    python benchmarks/layer_gap.py [--families ar1_0.9 ...] [--bits 2 3 4] [--rows 4096]
+    python benchmarks/layer_gap.py [--families ar1_0.9 ...] [--bits 2 3 4] [--rows 4096] [--columns 512] [--orders]
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from core.rounding.layer import Layer
 from tests.golden.covariance_families import FAMILIES, family, weights
 
 PAPER = {"name": "watersic", "columns": "natural", "paths": 1, "mmse_damping": 0.0, "classes": False}
-METHODS = {
-    "gptq + code": {"name": "gptq"},
-    "watersic (paper)": PAPER,
-    "watersic (paper, column classes)": PAPER | {"classes": True},
-    "watersic": {"name": "watersic"},
-}
+GRID, INTEGERS = "grid{}@tensor", "int{}@64"
+METHODS = [
+    ("gptq + code", {"name": "gptq"}, GRID),
+    ("watersic (paper)", PAPER, GRID),
+    ("watersic (paper, column classes)", PAPER | {"classes": True}, GRID),
+    ("watersic", {"name": "watersic"}, GRID),
+]
+ORDERS = [
+    (f"{name}, {columns}, {paths} paths", {"name": name, "columns": columns, "paths": paths}, text)
+    for name, text in (("gptq", GRID), ("gptq", INTEGERS), ("watersic", GRID))
+    for columns in ("natural", "ascending", "descending", "pivot")
+    for paths in (1, 4, 16)
+]
 
 
 def main() -> None:
@@ -37,14 +45,18 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--bits", nargs="+", default=["2", "3", "4"])
     parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=512)
+    parser.add_argument("--orders", action="store_true")
     asked = parser.parse_args()
     for name in asked.families:
-        layer = Layer(torch.from_numpy(weights(asked.rows, 512).copy()).float(), family(name, 512).copy(), None, None)
+        weight = torch.from_numpy(weights(asked.rows, asked.columns).copy()).float()
+        layer = Layer(weight, family(name, asked.columns).copy(), None, None)
         for bits in asked.bits:
-            for method, settings in METHODS.items():
+            for method, settings, text in ORDERS if asked.orders else METHODS:
                 begin = process_time()
-                found = layer.measure(parse(f"grid{bits}@tensor"), RoundingSpec.model_validate(settings))
-                line = {"family": name, "method": method, "bits_per_param": found["bits_per_param"]}
+                found = layer.measure(parse(text.format(bits)), RoundingSpec.model_validate(settings))
+                line = {"family": name, "method": method, "format": found["format"]}
+                line |= {"bits_per_param": found["bits_per_param"]}
                 line |= {"gap_bits": round(float(found["gap_bits"]), 4), "cpu_s": round(process_time() - begin, 2)}
                 print(json.dumps(line), flush=True)
 

@@ -26,16 +26,17 @@ from core.rounding.base import Sensitivity, round_tensor
 from core.rounding.objective import Objective
 from core.rounding.successive import Scales, round_to_steps
 from core.tensors.coded import coded_bytes
+from tests.golden.covariance_families import family
 
+TOKENS = 4096
 PAPER = {"name": "watersic", "columns": "natural", "paths": 1, "mmse_damping": 0.0}
 
 
 def cases(size: int) -> dict[str, Callable[[], object]]:
     """What is timed."""
     chance = np.random.default_rng(0)
-    inputs = torch.from_numpy(chance.standard_normal((16 * size, size)) @ (0.9 ** np.arange(size)[:, None] + 0.1))
-    bf16 = inputs.bfloat16().float()
-    covariance = inputs.T @ inputs / len(inputs) + torch.eye(size, dtype=torch.float64)
+    covariance = torch.from_numpy(family("scaled_ar1", size).copy())
+    bf16 = torch.from_numpy(chance.standard_normal((TOKENS, size))).bfloat16().float()
     weight = torch.from_numpy(chance.standard_normal((size, size))).float()
     given = Sensitivity(covariance=covariance)
     objective = Objective.of(given)
@@ -47,7 +48,7 @@ def cases(size: int) -> dict[str, Callable[[], object]]:
         return lambda: round_tensor(weight, fmt, spec, sensitivity=given, seed=0)
 
     return {
-        "part: covariance, 1024 tokens": lambda: bf16[:1024].T @ bf16[:1024],
+        f"part: covariance, {TOKENS} tokens": lambda: bf16.T @ bf16,
         "part: factor": lambda: Objective.of(given),
         "part: targets": lambda: objective.targets(weight.double()),
         "part: loop": lambda: round_to_steps(targets.clone(), objective.factor, steps, Scales.ones(size, size)),

@@ -13,14 +13,15 @@ docs/rounding.md are functions of them: the same numbers give the same bytes.
 from __future__ import annotations
 
 import json
-import re
-import runpy
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from docs.pictures import json_lines, svg, with_tables
 
 if TYPE_CHECKING:
     from core.rounding.layer import Layer
@@ -117,21 +118,17 @@ class Predicted:
 Row = Measured | Limit | Predicted
 
 
-@cache
-def recipes() -> Json:
-    """What defines covariances and weights: a module of the tests, which are no package."""
-    return runpy.run_path(str(ROOT / "tests" / "golden" / "covariance_families.py"))
-
-
 def layer(family: str, rows: int = ROWS, columns: int = COLUMNS) -> Layer:
     """Seeded weights of unit variance, fp32, with the covariance of a family, which counts as exact."""
     import numpy as np
     import torch
 
     from core.rounding.layer import Layer
+    from tests.golden.covariance_families import family as covariance_of
+    from tests.golden.covariance_families import weights
 
-    weight = torch.from_numpy(recipes()["weights"](rows, columns).astype(np.float32))
-    return Layer(weight, recipes()["family"](family, columns).copy())
+    weight = torch.from_numpy(weights(rows, columns).astype(np.float32))
+    return Layer(weight, covariance_of(family, columns).copy())
 
 
 def available() -> tuple[Series, ...]:
@@ -177,14 +174,8 @@ def write_example() -> None:
     save_file({"weight": given.weight.bfloat16(), "covariance": covariance}, EXAMPLE)
 
 
-def written(rows: Iterable[Row]) -> str:
-    """JSON lines, to seven digits."""
-    fields = ({key: _rounded(value) for key, value in asdict(row).items()} for row in rows)
-    return "".join(json.dumps(line) + "\n" for line in fields)
-
-
 def read(text: str) -> list[Row]:
-    """What `written` wrote."""
+    """What `json_lines` wrote."""
     return [_row(json.loads(line)) for line in text.splitlines()]
 
 
@@ -287,31 +278,14 @@ def gap_table(rows: list[Row], rate: float) -> str:
 
 def page_with(page: str, rows: list[Row]) -> str:
     """The page with its tables as the numbers have them."""
-    for rate in TABLE_RATES:
-        start, end = f"<!-- {rate:g} bits -->\n", f"<!-- /{rate:g} bits -->"
-        before, _, rest = page.partition(start)
-        page = before + start + gap_table(rows, rate) + end + rest.partition(end)[2]
-    return page
-
-
-def _rounded(value: str | float) -> str | float:
-    return value if isinstance(value, str) else float(f"{value:.7g}")
-
-
-def svg(picture: Json) -> str:
-    """A picture as SVG; its clips are numbered from 1, while the library counts on through all that a process draws."""
-    import vl_convert
-
-    drawn = str(vl_convert.vegalite_to_svg(picture))
-    numbers = {name: f"clip{at + 1}" for at, name in enumerate(dict.fromkeys(re.findall(r"clip\d+", drawn)))}
-    return re.sub(r"clip\d+", lambda found: numbers[found[0]], drawn)
+    return with_tables(page, {f"{rate:g} bits": gap_table(rows, rate) for rate in TABLE_RATES})
 
 
 def main(arguments: list[str]) -> None:
     """Measure if asked to, then draw and write the tables."""
     if "--measure" in arguments:
         write_example()
-        NUMBERS.write_text(written(measure()), "utf-8")
+        NUMBERS.write_text(json_lines(measure()), "utf-8")
     rows = read(NUMBERS.read_text("utf-8"))
     CURVES.write_text(svg(curves(rows)), "utf-8")
     GAPS.write_text(svg(gaps(rows)), "utf-8")

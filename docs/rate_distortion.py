@@ -16,15 +16,19 @@ import contextlib
 import io
 import json
 import math
-import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from docs.pictures import json_lines, rounded, svg, with_tables
+
 ROOT = Path(__file__).parents[1]
+
 NUMBERS = ROOT / "docs" / "images" / "rate_distortion.jsonl"
 MODEL_NUMBERS = ROOT / "docs" / "images" / "rate_distortion_model.jsonl"
 PICTURE = ROOT / "docs" / "images" / "rate_distortion.svg"
@@ -258,14 +262,8 @@ def measure_models() -> Iterator[Model]:
         yield Model(name, report["summary"]["bits_per_param"], metrics["kl_mean"], metrics["kl_stderr"])
 
 
-def written(rows: Iterable[Measured | Limit | Model]) -> str:
-    """JSON lines, to seven digits."""
-    fields = ({key: _rounded(value) for key, value in asdict(row).items()} for row in rows)
-    return "".join(json.dumps(line) + "\n" for line in fields)
-
-
 def read(text: str) -> tuple[list[Measured], list[Limit]]:
-    """What `written` wrote."""
+    """What `json_lines` wrote."""
     lines = [json.loads(line) for line in text.splitlines()]
     return [Measured(**one) for one in lines if "name" in one], [Limit(**one) for one in lines if "limit" in one]
 
@@ -396,11 +394,7 @@ def page_with(page: str, rows: list[Measured], limits: list[Limit], models: list
         "four bits": four_bits(rows),
         "model": model_table(models),
     }
-    for mark, table in tables.items():
-        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-        before, _, rest = page.partition(start)
-        page = before + start + table + end + rest.partition(end)[2]
-    return page
+    return with_tables(page, tables)
 
 
 def _axis(field: str, domain: list[float], title: str, axis: Json) -> Json:
@@ -429,13 +423,13 @@ def _dash() -> Json:
 def _marks(rows: list[Measured], limits: list[Limit]) -> Iterator[Json]:
     """What is drawn, in order."""
     for one in limits:
-        about = {"title": TITLES[one.source], "bits": one.bits, "gap": _rounded(max(gap(one, limits), 0.0))}
+        about = {"title": TITLES[one.source], "bits": one.bits, "gap": rounded(max(gap(one, limits), 0.0))}
         yield about | {"kind": "limit", "limit": one.limit}
         if one.bits == _LABELLED_BITS:
             yield about | {"kind": "limit name", "name": _LIMIT_LABELS[one.limit]}
     lines = {series[0] for series in SERIES.values() if "{}" in series[0]}
     for row in rows:
-        about = {"title": TITLES[row.source], "bits": row.bits, "gap": _rounded(gap(row, limits))}
+        about = {"title": TITLES[row.source], "bits": row.bits, "gap": rounded(gap(row, limits))}
         if gap(row, limits) > _MOST:
             continue
         coloured = about | {"group": row.group}
@@ -447,24 +441,11 @@ def _marks(rows: list[Measured], limits: list[Limit]) -> Iterator[Json]:
         )
 
 
-def _rounded(value: str | float) -> str | float:
-    return value if isinstance(value, str) else float(f"{value:.7g}")
-
-
-def svg(picture: Json) -> str:
-    """A picture as SVG; its clips are numbered from 1, while the library counts on through all that a process draws."""
-    import vl_convert
-
-    drawn = str(vl_convert.vegalite_to_svg(picture))
-    numbers = {name: f"clip{at + 1}" for at, name in enumerate(dict.fromkeys(re.findall(r"clip\d+", drawn)))}
-    return re.sub(r"clip\d+", lambda found: numbers[found[0]], drawn)
-
-
 def main(arguments: list[str]) -> None:
     """Measure if asked to, then draw and write the tables."""
     if "--measure" in arguments:
-        NUMBERS.write_text(written(measure()), "utf-8")
-        MODEL_NUMBERS.write_text(written(measure_models()), "utf-8")
+        NUMBERS.write_text(json_lines(measure()), "utf-8")
+        MODEL_NUMBERS.write_text(json_lines(measure_models()), "utf-8")
     rows, limits = read(NUMBERS.read_text("utf-8"))
     models = read_models(MODEL_NUMBERS.read_text("utf-8"))
     PICTURE.write_text(svg(chart(rows, limits)), "utf-8")

@@ -140,7 +140,7 @@ class _Encoding:
 
     def __call__(self, name: str, fmt: TensorFormat) -> EncodedTensor:
         weight = read_tensor(self.source, name)
-        sensitivity = self.sensitivities.of(name, tuple(weight.shape), self.ctx.device)
+        sensitivity = self.sensitivities.of(name, tuple(weight.shape))
         seed, on_device = derived_seed(self.seed, name), weight.to(self.ctx.device)
         return round_tensor(on_device, fmt, self.rounding, sensitivity=sensitivity, seed=seed)
 

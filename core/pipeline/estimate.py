@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.pipeline.plan_file import Plan
+from core.recipe.allocation import needs_covariance
 from core.recipe.recipe import Recipe
 from core.storage.checkpoint import CheckpointIndex
 
@@ -32,7 +33,7 @@ def required_scratch_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
 
 def _covariance_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
     """The file of input covariances, if every matrix had inputs of its own."""
-    if not (recipe.rounding.needs_covariance or recipe.allocation.name == "baq"):
+    if not (recipe.rounding.needs_covariance or needs_covariance(recipe.allocation.canonical())):
         return 0
     shapes = [index.tensors[name].shape for name in index.names]
     return sum(4 * shape[-1] ** 2 for shape in shapes if len(shape) > 1)

@@ -79,7 +79,7 @@ def _encode(
     sensitivities: Sensitivities,
 ) -> TensorResult:
     weight = read_tensor(source, tensor.name).to(device)
-    sensitivity = sensitivities.of(tensor.name, tensor.shape, device)
+    sensitivity = sensitivities.of(tensor.name, tensor.shape)
     try:
         encoded = round_tensor(weight, parse(tensor.format), rounding, sensitivity=sensitivity, seed=seed)
     except BitmillError as error:

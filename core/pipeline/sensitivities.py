@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from core.errors import BitmillError
 from core.formats.stored import matrix_shape
 from core.jobs.steps import StepOutput
 from core.pipeline.assemble import open_files
@@ -24,6 +25,7 @@ class Sensitivities:
 
     fisher: CheckpointIndex | None
     covariances: Covariances | None
+    _last: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_step(cls, ctx: StepContext, calibrated: list[StepOutput], rounding: RoundingSpec) -> Sensitivities:
@@ -34,15 +36,25 @@ class Sensitivities:
             return cls(fisher, None)
         return cls(fisher, Covariances.from_index(open_files(ctx, {"covariance": files[COVARIANCE_FILE]})))
 
-    def of(self, name: str, shape: tuple[int, ...], device: str = "cpu") -> Sensitivity:
+    def of(self, name: str, shape: tuple[int, ...]) -> Sensitivity:
         """Of one tensor; rows that calibration did not reach count alike.
 
         A matrix that is stored with its inputs as rows, or several in one tensor, has no covariance for its columns.
+        The last matrix is kept: tensors that share an input follow each other.
         """
         key = f"{name}.rows"
         sums = read_tensor(self.fisher, key) if self.fisher is not None and key in self.fisher.tensors else None
         found = Sensitivity.by_rows(sums, matrix_shape(shape)[0])
-        inputs = self.covariances.of(name) if self.covariances else None
-        if inputs is None or inputs.transposed or len(shape) != 2 or len(inputs.covariance) != shape[1]:
+        use = self.covariances.uses.get(name) if self.covariances else None
+        if use is None or use.transposed or len(shape) != 2 or use.inputs != shape[1]:
             return found
-        return Sensitivity(found.row_weights, inputs.covariance.to(torch.device(device)), inputs.tokens)
+        if use.key not in self._last:
+            self._last.clear()
+            self._last[use.key] = self._covariance(name)
+        return Sensitivity(found.row_weights, self._last[use.key], use.tokens)
+
+    def _covariance(self, name: str) -> torch.Tensor:
+        inputs = self.covariances.of(name) if self.covariances else None
+        if inputs is None:
+            raise BitmillError("no covariance in its file", where=name)
+        return inputs.covariance

@@ -40,7 +40,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "squeezellm": {},
     "signround": {"steps": 200},
 }
-_NEED_COVARIANCE = ("gptq", "watersic", "error_diffusion", "power_learned", "squeezellm", "signround")
 
 
 class RoundingSpec(NamedPart):
@@ -65,7 +64,6 @@ class RoundingSpec(NamedPart):
         "squeezellm": "codebooks of rows weighted by sensitivity (lloyd4-rows@channel)",
         "signround": "rounding and scales learned by signed gradients, layer by layer",
     }
-    LATER: ClassVar[dict[str, str]] = {}
 
     name: str = "nearest"
     damping: Share | None = None
@@ -99,7 +97,7 @@ class RoundingSpec(NamedPart):
     @property
     def needs_covariance(self) -> bool:
         """Whether the method cannot do without the covariance of the layers' inputs."""
-        return self.name in _NEED_COVARIANCE
+        return self.name != "nearest"
 
     @property
     def for_plain_inputs(self) -> RoundingSpec:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from core.errors import InvalidCheckpoint, InvalidFormat
+from core.formats.stored import matrix_shape
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
 from core.rounding import error_diffusion, gptq, nearest, power_learned, signround, squeezellm, watersic
@@ -44,19 +46,15 @@ class Sensitivity:
             return cls(row_weights=torch.ones(rows, dtype=torch.float64))
         return cls(row_weights=sums.double().repeat_interleave(rows // sums.numel()))
 
-    def on(self, device: str) -> Sensitivity:
-        """The same on a device."""
-
-        def moved(part: torch.Tensor | None) -> torch.Tensor | None:
-            return None if part is None else part.to(device)
-
-        return replace(
-            self,
-            row_weights=moved(self.row_weights),
-            covariance=moved(self.covariance),
-            cross=moved(self.cross),
-            residual=moved(self.residual),
-        )
+    def check(self, rows: int, columns: int) -> None:
+        """InvalidFormat for statistics of another matrix than (rows, columns), InvalidCheckpoint for NaN in them."""
+        shapes = {"covariance": (columns, columns), "cross": (columns, columns), "residual": (rows, columns)}
+        for name, shape in shapes.items():
+            part: torch.Tensor | None = getattr(self, name)
+            if part is not None and tuple(part.shape) != shape:
+                raise InvalidFormat(f"a {name} of {list(part.shape)} for a weight that asks for {list(shape)}")
+            if part is not None and not bool(torch.isfinite(part).all()):
+                raise InvalidCheckpoint(f"the {name} of the inputs holds NaN or infinity")
 
     def turned(self, inputs: Turn, outputs: Turn) -> Sensitivity:
         """In another basis: `inputs` turns the last dimension of statistics of inputs, `outputs` rows of outputs."""
@@ -68,6 +66,8 @@ class Sensitivity:
         return replace(self, covariance=both(self.covariance), cross=both(self.cross), residual=residual)
 
 
+_COMPILED = ("gptq", "watersic", "error_diffusion", "power_learned")  # loops over columns, for the CPU
+_LIKE_NEAREST = ("gptq", "error_diffusion", "squeezellm")  # where inputs are independent and alike, but on grids
 Method = Callable[[torch.Tensor, TensorFormat, Sensitivity, RoundingSpec, int], EncodedTensor]
 _METHODS: dict[str, Method] = {
     "nearest": nearest.round_tensor,
@@ -89,12 +89,16 @@ def round_tensor(
     takes all inputs for equal and independent, which its notes say.
     """
     given, fmt = sensitivity or Sensitivity(), spec.stored_format(fmt)
-    if weight.device.type != "cpu" and spec.needs_covariance:  # their loops over columns are compiled for the CPU
-        encoded = round_tensor(weight.cpu(), fmt, spec, sensitivity=given.on("cpu"), seed=seed)
+    given.check(*matrix_shape(tuple(weight.shape)))
+    if weight.device.type != "cpu" and spec.name in _COMPILED:
+        encoded = round_tensor(weight.cpu(), fmt, spec, sensitivity=given, seed=seed)
         return replace(encoded, stored={name: part.to(weight.device) for name, part in encoded.stored.items()})
     if not spec.needs_covariance or given.covariance is not None:
         return _METHODS[spec.name](weight, fmt, given, spec, seed)
-    columns = weight.shape[-1] if weight.ndim else 1
-    plain = replace(given, covariance=torch.eye(columns, dtype=torch.float64, device=weight.device))
-    encoded = _METHODS[spec.name](weight, fmt, plain, spec.for_plain_inputs, seed)
+    if spec.name in _LIKE_NEAREST and not fmt.is_grid:
+        encoded = nearest.round_tensor(weight, fmt, given, spec, seed)
+    else:
+        columns = weight.shape[-1] if weight.ndim else 1
+        plain = replace(given, covariance=torch.eye(columns, dtype=torch.float64))
+        encoded = _METHODS[spec.name](weight, fmt, plain, spec.for_plain_inputs, seed)
     return encoded.with_notes(("no statistics of its inputs: all of them count alike",))

@@ -13,84 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from core.errors import InvalidCheckpoint, InvalidFormat
-from core.formats.stored import matrix_shape
+from core.errors import InvalidCheckpoint
+from core.rounding.levels import Indices, Levels
 from core.rounding.objective import tiles
+from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
+from core.tensors.nearest import encode_nearest
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
 
-Indices = NDArray[np.int32]
 BLOCK = 64  # columns of a compiled loop
 NEAREST_KEPT = "rounded to nearest, which costs no more"
 _DENSE = 0.1  # of the weights of a block, above which a product of matrices is faster than rows one by one
 _DEAD = 1e-12  # of the largest mean square of an input
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The values that weights may take: those of a table times `scales`, fp32 (rows, blocks), column t in t // width.
-
-    `exact`: a limit between two values is the real product of the table's with the scale, rounded to fp32 otherwise.
-    `zero`: the index under a scale of 0.
-    """
-
-    values: NDArray[np.float32]
-    limits: NDArray[np.float64]
-    upper_on_tie: NDArray[np.bool_]
-    exact: bool
-    zero: int
-    scales: NDArray[np.float32]
-    width: int
-
-    @classmethod
-    def of(cls, frame: Frame) -> Levels:
-        """Those of a frame; numbers lie between them as rounding to nearest has it."""
-        table = frame.table
-        return cls(
-            values=np.array(table.values, np.float32),
-            limits=np.array(table.limits, np.float64),
-            upper_on_tie=np.array(table.upper_on_tie, np.bool_),
-            exact=not frame.format.is_codebook,
-            zero=table.zero,
-            scales=np.ascontiguousarray(frame.scales.cpu().numpy()),
-            width=frame.width,
-        )
-
-    @property
-    def rule(self) -> tuple[Any, ...]:
-        """As compiled loops take it."""
-        return self.values, self.limits, self.upper_on_tie, self.exact, self.zero
-
-    @property
-    def least_squares(self) -> Levels:
-        """The same with limits half-way, where the format rounds by others."""
-        values = self.values.astype(np.float64)
-        return replace(self, limits=(values[1:] + values[:-1]) / 2, exact=True)
-
-    def rows(self, first: int, last: int) -> Levels:
-        """Those of some rows."""
-        return replace(self, scales=self.scales[first:last])
-
-    def nearest(self, numbers: torch.Tensor) -> Indices:
-        """Indices of the levels nearest to numbers fp64 (rows, columns)."""
-        from core.rounding.diffusion_jit import nearest_places
-
-        found = np.empty(tuple(numbers.shape), np.int32)
-        nearest_places(numbers.numpy(), self.scales, self.width, self.rule, found)
-        return found
-
-    def decoded(self, indices: Indices) -> torch.Tensor:
-        """fp64 (rows, columns)."""
-        scales = np.repeat(self.scales, self.width, axis=1)[:, : indices.shape[1]]
-        return torch.from_numpy((self.values[indices] * scales).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -107,12 +48,7 @@ class OutputCost:
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, frame: Frame) -> OutputCost:
-        """Of the statistics of a layer, undamped.
-
-        InvalidCheckpoint where there are none, or NaN or infinity in them; InvalidFormat for those of another number
-        of inputs or outputs.
-        """
-        _check(sensitivity, *matrix_shape(frame.shape))
+        """Of the statistics of a layer, undamped; InvalidCheckpoint where there are none."""
         turned = sensitivity.turned(frame.turned, frame.turned_outputs)
         covariance, cross, residual = map(_on_cpu, (turned.covariance, turned.cross, turned.residual))
         if covariance is None or sensitivity.covariance is None:
@@ -150,24 +86,29 @@ class OutputCost:
             found += self.damping * error
         return found.neg_() if pull is None else found.add_(pull).neg_()
 
+    def gain(
+        self, weight: torch.Tensor, before: Levels, after: tuple[Levels, Indices], pull: torch.Tensor | None
+    ) -> float:
+        """By how much some rows of W cost less in the levels of other indices than in the nearest ones of `before`."""
+        nearest, (levels, indices) = before.decoded(before.nearest(weight)), after
+        return self.of_error(weight - nearest, pull) - self.of_error(weight - levels.decoded(indices), pull)
+
     def of_error(self, error: torch.Tensor, pull: torch.Tensor | None) -> float:
         """The damped cost of some rows."""
         slopes = self.slopes(error, pull)
         return -float(torch.sum((slopes if pull is None else slopes - pull) * error))
 
 
+def kept_nearest(
+    weight: torch.Tensor, frame: Frame, sensitivity: Sensitivity, seed: int, notes: tuple[str, ...]
+) -> EncodedTensor:
+    """The weight rounded to nearest in the frame's format, and why."""
+    found = encode_nearest(weight, frame.format, seed=seed, row_weights=sensitivity.row_weights)
+    return found.with_notes(notes)
+
+
 def _on_cpu(statistic: torch.Tensor | None) -> torch.Tensor | None:
     return None if statistic is None else statistic.cpu().double()
-
-
-def _check(sensitivity: Sensitivity, rows: int, columns: int) -> None:
-    square = (columns, columns)
-    for name, shape in {"covariance": square, "cross": square, "residual": (rows, columns)}.items():
-        given: torch.Tensor | None = getattr(sensitivity, name)
-        if given is not None and tuple(given.shape) != shape:
-            raise InvalidFormat(f"a {name} of {list(given.shape)} for a weight that asks for {list(shape)}")
-        if given is not None and not bool(torch.isfinite(given).all()):
-            raise InvalidCheckpoint(f"the {name} of the inputs holds NaN or infinity")
 
 
 def best_indices(
@@ -189,8 +130,7 @@ def best_indices(
         pull = cost.pull(weight, first)
         indices = start(weight, first, here)
         descend(weight, indices, cost, pull, here, passes)
-        gain += cost.of_error(weight - here.decoded(here.nearest(weight)), pull)
-        gain -= cost.of_error(weight - here.decoded(indices), pull)
+        gain += cost.gain(weight, here, (here, indices), pull)
         found[first:last] = indices
     return torch.from_numpy(found).to(frame.matrix.device) if gain > 0 else None
 
@@ -209,7 +149,7 @@ def descend(
     levels, columns, total = levels.least_squares, indices.shape[1], 0
     slopes = cost.slopes(weight - levels.decoded(indices), pull)
     hessian, moves = cost.covariance, np.empty((len(indices), BLOCK))
-    shared = (hessian.numpy(), cost.damping, levels.scales, levels.width, levels.rule)
+    shared = (hessian.numpy(), cost.damping, levels.scales, levels.blocks, levels.rule)
     for _ in range(passes):
         before = total
         for low in range(0, columns, BLOCK):

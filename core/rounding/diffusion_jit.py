@@ -1,10 +1,11 @@
 """Compiled loops that choose levels one after another along a row and pass on what each leaves over.
 
-They work on row-major tiles of weights in fp64, on the columns `low` to `high` of one block; what a block owes to the
-columns outside it is one product of matrices, made by the caller. `rule`: values (fp32, for scale 1), their limits,
-whether a number at a limit takes the upper value, whether limits times scales are exact or rounded to fp32, and the
-index where the scale is 0: so indices are those of rounding to nearest, ties included (`core.tensors.indices`).
-`scales` (rows, blocks), column t in block t // width. Decoded is fl32(value * scale).
+They work on tiles of rows in fp64, on the columns `low` to `high` of one block; what a block owes to columns outside it
+is one product of matrices, made by the caller. `rule`: values (fp32, for scale 1), their limits, whether a number at
+a limit takes the upper value, whether limits times scales are ROUNDED to fp32 or EXACT, or QUOTIENTS in fp32 compared
+with limits, and the index where the scale is 0: so indices are those of rounding to nearest, ties included
+(`core.tensors.indices`). `scales` (rows, blocks), `blocks` (columns,): the block of each column. Decoded is fl32(value
+* scale).
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.rounding.levels import QUOTIENTS, ROUNDED
 from core.tensors.kernels.cpu_jit import Doubles, Floats, Ints, compiled, inlined
 
-Rule = tuple[Floats, Doubles, NDArray[np.bool_], bool, int]
+Longs = NDArray[np.int64]
+Rule = tuple[Floats, Doubles, NDArray[np.bool_], int, int]
 
 
 @inlined
 def place_of(number: float, scale: float, rule: Rule) -> Any:
     """The index of the level nearest to a number."""
-    _, limits, upper_on_tie, exact, zero = rule
+    _, limits, upper_on_tie, kind, zero = rule
     if scale == 0.0:
         return np.int32(zero)
     magnitude, turned = abs(np.float64(scale)), np.float64(number if scale > 0.0 else -number)
+    if kind == QUOTIENTS:
+        turned = np.float64(np.float32(turned) / np.float32(magnitude))
+        magnitude = np.float64(1.0)
     low, high = 0, limits.size
     while low < high:
         middle = (low + high) // 2
         limit = limits[middle] * magnitude
-        if not exact:
+        if kind == ROUNDED:
             limit = np.float64(np.float32(limit))
         if turned > limit or (turned == limit and upper_on_tie[middle]):
             low = middle + 1
@@ -40,11 +46,11 @@ def place_of(number: float, scale: float, rule: Rule) -> Any:
 
 
 @compiled
-def nearest_places(numbers: Doubles, scales: Floats, width: int, rule: Rule, indices: Ints) -> None:
+def nearest_places(numbers: Doubles, scales: Floats, blocks: Longs, rule: Rule, indices: Ints) -> None:
     """Indices (rows, columns) of the levels nearest to `numbers`."""
     for row in range(numbers.shape[0]):
         for t in range(numbers.shape[1]):
-            indices[row, t] = place_of(numbers[row, t], scales[row, t // width], rule)
+            indices[row, t] = place_of(numbers[row, t], scales[row, blocks[t]], rule)
 
 
 @compiled
@@ -53,27 +59,29 @@ def spread_block(
     weights: Doubles,
     ratios: Doubles,
     scales: Floats,
-    width: int,
+    blocks: Longs,
     rule: Rule,
     low: int,
     high: int,
     indices: Ints,
     errors: Doubles,
 ) -> None:
-    """Round each column of `wanted`, then add its error times ratios[t, s] to the later columns s of the block.
+    """Round the places `low` to `high` of `wanted`; add the error of t times ratios[t, s] to the later ones s of these.
 
-    An error is the weight less what it is decoded as: `errors` (rows, high - low).
+    Arrays are transposed, (places, rows), and so are `scales` (blocks, rows); `blocks` (places,): the block of each. An
+    error is the weight less what it is decoded as: `errors` (high - low, rows).
     """
     values = rule[0]
-    for row in range(wanted.shape[0]):
-        for t in range(low, high):
-            scale = scales[row, t // width]
-            found = place_of(wanted[row, t], scale, rule)
-            indices[row, t] = found
-            error = weights[row, t] - np.float64(np.float32(values[found] * scale))
-            errors[row, t - low] = error
-            for s in range(t + 1, high):
-                wanted[row, s] += error * ratios[t, s]
+    for t in range(low, high):
+        scale, here = scales[blocks[t]], errors[t - low]
+        for row in range(wanted.shape[1]):
+            found = place_of(wanted[t, row], scale[row], rule)
+            indices[t, row] = found
+            here[row] = weights[t, row] - np.float64(np.float32(values[found] * scale[row]))
+        for s in range(t + 1, high):
+            ratio, into = ratios[t, s], wanted[s]
+            for row in range(wanted.shape[1]):
+                into[row] += ratio * here[row]
 
 
 @compiled
@@ -82,7 +90,7 @@ def descend_block(
     hessian: Doubles,
     damping: float,
     scales: Floats,
-    width: int,
+    blocks: Longs,
     rule: Rule,
     low: int,
     high: int,
@@ -101,7 +109,7 @@ def descend_block(
             curve = hessian[t, t] + damping
             if curve <= 0.0:
                 continue
-            scale = scales[row, t // width]
+            scale = scales[row, blocks[t]]
             held = np.float64(np.float32(values[indices[row, t]] * scale))
             found = place_of(held - slopes[row, t] / curve, scale, rule)
             move = np.float64(np.float32(values[found] * scale)) - held

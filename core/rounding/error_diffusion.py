@@ -20,15 +20,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.descent import BLOCK, NEAREST_KEPT, Indices, Levels, OutputCost, best_indices
+from core.rounding.descent import NEAREST_KEPT, OutputCost, best_indices, kept_nearest
+from core.rounding.levels import Indices, Levels
+from core.rounding.successive import spread
 from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
-from core.tensors.nearest import encode_nearest
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
@@ -56,7 +56,7 @@ def round_tensor(
     if found is not None:
         return frame.encoded(found)
     note = f"rounded to nearest: fewer than {LEAST_TOKENS} tokens" if is_short else NEAREST_KEPT
-    return encode_nearest(weight, fmt, seed=seed, row_weights=sensitivity.row_weights).with_notes((note,))
+    return kept_nearest(weight, frame, sensitivity, seed, (note,))
 
 
 def _diffused(frame: Frame, cost: OutputCost, passes: int) -> torch.Tensor | None:
@@ -65,29 +65,10 @@ def _diffused(frame: Frame, cost: OutputCost, passes: int) -> torch.Tensor | Non
     ahead = None if cost.drift is None else _per_variance(cost.drift.triu(), cost)
 
     def start(rows: torch.Tensor, _first: int, levels: Levels) -> Indices:
-        return spread(rows, None if ahead is None else rows @ ahead, ratios, levels)
+        wanted = rows.clone() if ahead is None else rows + rows @ ahead
+        return spread(wanted.T.contiguous(), rows.T.contiguous(), ratios, levels).T.copy()
 
     return best_indices(frame, cost.damped(DAMPING), start, passes)
-
-
-def spread(weight: torch.Tensor, offset: torch.Tensor | None, ratios: torch.Tensor, levels: Levels) -> Indices:
-    """Columns first to last rounded at w_t + offset_t + sum over s < t of (w_s - what_s) ratios_st: indices.
-
-    `weight`, `offset`: some rows, fp64. By the covariance over its diagonal it is error diffusion; by its triangular
-    factor over that one's diagonal, successive rounding (GPTQ, Babai's nearest plane).
-    """
-    from core.rounding.diffusion_jit import spread_block
-
-    wanted = weight.clone() if offset is None else weight + offset
-    rows, columns = weight.shape
-    found, errors = np.empty((rows, columns), np.int32), np.empty((rows, BLOCK))
-    given = (wanted.numpy(), weight.numpy(), ratios.numpy(), levels.scales, levels.width, levels.rule)
-    for low in range(0, columns, BLOCK):
-        high = min(low + BLOCK, columns)
-        here = errors[:, : high - low]
-        spread_block(*given, low, high, found, here)
-        wanted[:, high:].addmm_(torch.from_numpy(here), ratios[low:high, high:])
-    return found
 
 
 def _per_variance(matrix: torch.Tensor, cost: OutputCost) -> torch.Tensor:

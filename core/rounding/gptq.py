@@ -17,8 +17,9 @@ from core.formats.stored import CENTROIDS, matrix_shape, stored_parts
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
 from core.rounding.grids import GridRounding, GridSettings
+from core.rounding.levels import Levels
 from core.rounding.objective import Objective, tiles
-from core.rounding.successive import Scales, Table, best_indices, round_to_table
+from core.rounding.successive import Scales, best_indices, spread
 from core.tensors.coded import as_part
 from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
@@ -51,33 +52,25 @@ def round_tensor(
 
 def frame_indices(frame: Frame, objective: Objective, paths: int = 1) -> torch.Tensor:
     """Indices int32 (rows, columns) into the frame's table; inputs that are always zero take the nearest value."""
-    table, rows = Table.of(frame.table), len(frame.matrix)
-    is_whole = len(objective.dead) == 0
-    empty = torch.empty(frame.matrix.shape, dtype=torch.int32)
-    indices = empty if is_whole else torch.from_numpy(nearest(frame, table))
-    scales = frame_scales(frame, objective.order)
-    for first, last in tiles(rows, objective.inputs):
-        targets = objective.targets(objective.rows(frame.matrix, first, last), first)
-        given = (objective.factor, table, scales.of_rows(first, last))
-        found = round_to_table(targets, *given) if paths == 1 else best_indices(targets, *given, paths)
-        indices[first:last, objective.order] = torch.from_numpy(found).T
-    return indices
-
-
-def frame_scales(frame: Frame, order: torch.Tensor) -> Scales:
-    """The frame's scales for places in that order of columns."""
-    values = np.ascontiguousarray(frame.scales.double().cpu().numpy().T)
-    return Scales(values, (order // max(frame.width, 1)).cpu().numpy().astype(np.int64))
-
-
-def nearest(frame: Frame, table: Table) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    """Every weight's nearest index."""
-    from core.rounding.successive_jit import nearest_indices
-
-    matrix, scales = frame.matrix.cpu().numpy(), np.ascontiguousarray(frame.scales.double().cpu().numpy())
-    found = np.empty(matrix.shape, np.int32)
-    nearest_indices(np.ascontiguousarray(matrix), scales, max(frame.width, 1), table.limits, table.upper_on_tie, found)
-    return found
+    levels, (rows, columns) = Levels.of(frame), frame.matrix.shape
+    indices = np.empty((rows, columns), np.int32)
+    ratios = (objective.factor / objective.units).flip(0, 1)  # what the error of a place is worth to an earlier one
+    for first, last in tiles(rows, columns):
+        here, weight = levels.rows(first, last), objective.rows(frame.matrix, first, last)
+        if len(objective.dead):
+            indices[first:last] = here.nearest(frame.matrix[first:last].double())
+        if paths == 1:
+            wanted = objective.optimum(weight, first).flip(1).T.contiguous()
+            places = objective.order.flip(0)
+            found = spread(wanted.clone(), wanted, ratios, here.ordered(places))
+        else:
+            targets = objective.targets(weight, first)
+            places, found = (
+                objective.order,
+                best_indices(targets, objective.factor, here.ordered(objective.order), paths),
+            )
+        indices[first:last, places.numpy()] = found.T
+    return torch.from_numpy(indices)
 
 
 def _on_grid(

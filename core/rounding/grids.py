@@ -15,22 +15,23 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from core.rounding.limit import SHAPE_GAP, distortion_at
 from core.rounding.objective import Objective, tiles
-from core.rounding.successive import Doubles, Integers, Scales, best_paths, round_to_steps
+from core.rounding.successive import Doubles, Integers, Numbers, Scales, Search, best_numbers, round_to_steps
 from core.tensors.coded import HEAD_BYTES, coded_bytes, shortest_form
 from core.tensors.column_scales import stored_values
 from core.tensors.entropy.loops_jit import Bytes
+from core.tensors.grid import MOST
 
-SHAPE_GAP = 0.5 * math.log2(2 * math.pi * math.e / 12)
 _SAMPLED_ROWS = 512
 _SAMPLE_ROUNDS, _ROUNDS = 6, 8
 _CLOSE = 0.002  # bits of a sample's rate
 _ALLOWED = 0.001  # bits per weight that may be left over
 _LEAST_ALLOWED = 8  # bytes, likewise
-_SIDE_BITS = 0.004  # per weight, about what models and streams take, for the first search
+_SIDE = (1000, 5, 0.001)  # bits that classes take: about so many, for each column, and for each weight
 _PRICE = math.log(2)  # half of what a bit is worth, 2 ln 2 D: the best of those tried (1/4, 1/2, 3/4, 1)
 _LEAST_STD = 0.05
-_MOST = (1 << 19) - 1
+_SPREAD = 2.0**14  # of steps, which scales of a byte can tell apart
 _MOST_BITS = 16.0  # of a number, however much room few weights have
 
 
@@ -76,7 +77,8 @@ class GridRounding:
             return self._coded(np.zeros((self.objective.inputs, len(self.weight))), np.ones(self.objective.inputs), 1.0)
         rows, columns = self.weight.shape
         elements, allowed = rows * columns, max(_LEAST_ALLOWED, int(_ALLOWED * rows * columns / 8))
-        rate = min(max(8 * (room - HEAD_BYTES) / elements - _SIDE_BITS, 0.0), _MOST_BITS)
+        side = _SIDE[0] + _SIDE[1] * columns + _SIDE[2] * elements + 4 * allowed
+        rate = min(max(8 * (room - HEAD_BYTES) - side, 0.0) / elements, _MOST_BITS)
         live = max(self.objective.inputs / max(columns, 1), 1e-9)
         solver = self._prepared(rate / live)
         step = solver.sampled_step(rate / live)
@@ -92,7 +94,7 @@ class GridRounding:
                 best, fits = found, step
             else:
                 fails = step
-            if 0 <= left <= (allowed if number < _ROUNDS // 2 else 8 * allowed) or not np.any(found.numbers):
+            if 0 <= left <= (1 + number) * allowed or not np.any(found.numbers):
                 break
             change = 8 * (left - allowed / 2) / elements / min(max(slope, -2.0), -0.2)
             step = _between(step * 2.0 ** max(change, -1.0), fails, fits)
@@ -107,7 +109,7 @@ class GridRounding:
 
     def _expected(self, rate: float) -> float:
         """About the squared error per weight at that rate, in the objective's measure."""
-        return float(min(self._nominal(rate) ** 2 / 12, self._power.mean()))
+        return float(min(distortion_at(self._power, max(rate - SHAPE_GAP, 0.0)), self._power.mean()))
 
     def _nominal(self, rate: float) -> float:
         """The step c / L_ii, or c, of a rate on fine grids: 12 s_i^2 L_ii^2 has its mean logarithm (section 4.4)."""
@@ -138,7 +140,8 @@ class GridRounding:
     def steps(self, step: float) -> Doubles:
         """alpha (places,)."""
         units = self.objective.units.numpy()
-        return step / units if self.settings.waterfilled else np.full(len(units), step)
+        least = units.max(initial=0.0) / _SPREAD
+        return step / np.maximum(units, least) if self.settings.waterfilled else np.full(len(units), step)
 
     @cached_property
     def sample(self) -> GridRounding:
@@ -158,7 +161,7 @@ class GridRounding:
 
         log, known = math.log2(self._nominal(rate)), list[tuple[float, float]]()
         for _ in range(_SAMPLE_ROUNDS):
-            numbers, _values = self.sample.numbers(2.0**log)
+            numbers = self.sample.trial(2.0**log)
             bits = class_bits(numbers) / max(numbers.size, 1)
             known.append((log, bits))
             if abs(bits - rate) < _CLOSE:
@@ -168,6 +171,10 @@ class GridRounding:
                 slope = (known[-1][1] - known[-2][1]) / (known[-1][0] - known[-2][0])
             log += min(max((rate - bits) / min(max(slope, -1.5), -0.3), -4.0), 4.0)
         return float(2.0 ** min(known, key=lambda one: abs(one[1] - rate))[0])
+
+    def trial(self, step: float) -> Integers:
+        """Numbers (places, rows) with as many bits as those of `numbers`; of one path, before scales are stored."""
+        return self._alone(step).numbers if self.settings.paths == 1 else self.numbers(step)[0]
 
     def numbers(self, step: float) -> tuple[Integers, Doubles]:
         """Numbers (places, rows) and what 1 of each place stands for, as it will be stored."""
@@ -184,14 +191,13 @@ class GridRounding:
                 given = (self.objective.factor, values / gains, scales, gains)
                 found[:, first:last] = round_to_steps(targets.clone(), *given).numbers
             else:
-                price = _PRICE * self._error(steps)
-                search = (np.maximum(spreads, _LEAST_STD), price, self.settings.paths)
-                found[:, first:last] = best_paths(targets, self.objective.factor, values, scales, *search)
+                search = Search(self.settings.paths, _PRICE * self._error(steps), np.maximum(spreads, _LEAST_STD))
+                found[:, first:last] = best_numbers(targets, self.objective.factor, values, scales, search)
         return found, values
 
     def found_gains(self, step: float) -> tuple[Doubles, Doubles]:
         """Standard deviations of the numbers, and by how much each place shrinks, above 0; found by a single path."""
-        found = round_to_steps(self.targets.clone(), self.objective.factor, self.steps(step), self.scales)
+        found = self._alone(step)
         powers = (found.numbers.astype(np.float64) ** 2).mean(axis=1)
         if self.settings.shrinks is None:
             common = (found.gains * powers).sum() / powers.sum() if powers.any() else 1.0
@@ -200,6 +206,9 @@ class GridRounding:
         gains = np.where(found.gains > 0, found.gains, 1.0) if self.settings.shrinks else np.ones(len(powers))
         return np.sqrt(powers), gains
 
+    def _alone(self, step: float) -> Numbers:
+        return round_to_steps(self.targets.clone(), self.objective.factor, self.steps(step), self.scales)
+
     @cached_property
     def targets(self) -> torch.Tensor:
         """Y^T (places, rows) of all rows, where they are no more than a tile."""
@@ -207,9 +216,11 @@ class GridRounding:
 
     def _error(self, steps: Doubles) -> float:
         """About the squared error per weight: c^2 / 12."""
-        units = self.objective.units.numpy()
-        scale = float((self._scale_values(*self._rows)).square().mean())
-        return float(np.mean((steps * units) ** 2)) * scale / 12
+        return float(np.mean((steps * self.objective.units.numpy()) ** 2)) * self._scale_power / 12
+
+    @cached_property
+    def _scale_power(self) -> float:
+        return float(self._scale_values(*self._rows).square().mean())
 
     def at(self, step: float) -> Found:
         """Numbers and code for a step."""
@@ -218,7 +229,7 @@ class GridRounding:
     def _coded(self, numbers: Doubles | Integers, values: Doubles, step: float) -> Found:
         matrix = np.zeros(self.weight.shape, np.int32)
         matrix[:, self.objective.order.numpy()] = numbers.T
-        np.clip(matrix, -_MOST, _MOST, out=matrix)
+        np.clip(matrix, -MOST, MOST, out=matrix)
         matrix = matrix.astype(np.int8 if np.abs(matrix).max(initial=0) < 127 else np.int32)
         data = shortest_form(matrix, "rans")[1] if self.settings.classes else coded_bytes(matrix, "rans")
         return Found(matrix, values, step, data)

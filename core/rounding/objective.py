@@ -34,8 +34,8 @@ TILE_WEIGHTS = 1 << 22  # of rows that are in work at once
 @dataclass(frozen=True)
 class Objective:
     """`hessian`: H with its diagonal shrinkage, undamped, ordered (m, m). `mixed`: E[x h^T] alike, x along rows, None
-    where it is H. `residual`: E[r h^T] (rows, m). `factor`: L. `damping`: what was added to H's diagonal before;
-    `keeps_weight`: whether it draws towards W rather than towards zero. `order`: (m,), the column of W at each place.
+    where it is H. `residual`: E[r h^T] (rows, m). `factor`: L. `damping`: what was added to H's diagonal before,
+    of which `kept` draws towards W and the rest towards zero. `order`: (m,), the column of W at each place.
     `dead`: columns of W that are left out.
     """
 
@@ -44,7 +44,7 @@ class Objective:
     residual: torch.Tensor | None
     factor: torch.Tensor
     damping: float
-    keeps_weight: bool
+    kept: float
     order: torch.Tensor
     dead: torch.Tensor
     notes: tuple[str, ...] = field(default=())
@@ -87,12 +87,12 @@ class Objective:
             notes = (*notes, f"{added / _mean(hessian):.0e} of the mean variance was added to factor the covariance")
         if len(dead):
             notes = (*notes, f"{len(dead)} inputs that are always zero were left out")
-        return cls(hessian, mixed, residual, factor, added, True, order, dead, notes)
+        return cls(hessian, mixed, residual, factor, added, added, order, dead, notes)
 
     def damped(self, amount: float) -> Objective:
         """The same with `amount` more on H's diagonal that draws towards zero (MMSE damping, section 5.3)."""
         factor, added = _factored(self.hessian, self.damping + amount)
-        return replace(self, factor=factor, damping=added, keeps_weight=False)
+        return replace(self, factor=factor, damping=added)
 
     @property
     def inputs(self) -> int:
@@ -111,13 +111,21 @@ class Objective:
 
     def targets(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Y^T (m, rows) of the same rows."""
-        if self.mixed is None and self.residual is None and self.keeps_weight:
+        if self._is_plain:
             return self.factor.T @ weight.T
-        wanted = self.cross(weight, first)
-        if self.keeps_weight and self.damping:
-            wanted = wanted + self.damping * weight
-        solved: torch.Tensor = torch.linalg.solve_triangular(self.factor, wanted.T, upper=False)
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.factor, self._wanted(weight, first).T, upper=False)
         return solved
+
+    def optimum(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The least objective's What (rows, m), where all numbers are allowed: C (H + damping)^-1, or W itself."""
+        return weight if self._is_plain else torch.cholesky_solve(self._wanted(weight, first).T, self.factor).T
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.mixed is None and self.residual is None and self.kept == self.damping
+
+    def _wanted(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        return self.cross(weight, first) + self.kept * weight
 
     def rows(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Rows of a matrix of all columns as fp64 (rows, m) in this order."""
@@ -135,8 +143,6 @@ def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 def _require_covariance(covariance: torch.Tensor) -> None:
-    if not bool(torch.isfinite(covariance).all()):
-        raise InvalidCheckpoint("the covariance of the inputs holds NaN or infinity")
     scale = float(covariance.abs().max()) if covariance.numel() else 0.0
     if float((covariance - covariance.T).abs().max() if scale else 0.0) > _INDEFINITE * scale:
         raise InvalidCheckpoint("the covariance of the inputs is not symmetric")

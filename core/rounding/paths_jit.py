@@ -147,25 +147,28 @@ def _room(paths: int, places: int, block: int) -> tuple[Paths, Best, Floats, Flo
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def best_numbers(
+def best_codes(
     targets: Floats,
     factor: Floats,
     values: Floats,
     scales: Floats,
     blocks: Longs,
     costs: tuple[Floats, Integers, Real],
+    table: tuple[Floats, Floats],
     paths: int,
     block: int,
     rows: tuple[int, int],
     out: Integers,
 ) -> None:
-    """Numbers (rows, places) of rows `rows[0]` to `rows[1]`, each decoded as number * `values` (places,) * scale.
+    """Codes (rows, places) of rows `rows[0]` to `rows[1]` for `targets` (rows, places).
 
-    `targets` (rows, places). `scales` (rows, blocks), `blocks` (places,): the block of each place. `costs`: (classes,
-    numbers), bits of the magnitude of a number, of the last one for all beyond; the class of each place; the price.
+    A code is an index into the first of `table`, values ascending with limits between them, or where it is empty any
+    whole number; it is decoded as that, times `values` (places,), times the scale of its row and block: `scales` (rows,
+    blocks), `blocks` (places,). `costs`, of whole numbers: (classes, numbers), bits of the magnitude of a number, of
+    the last one for all beyond; the class of each place; the price.
     """
     places = targets.shape[1]
-    bits, classes, price = costs
+    (bits, classes, price), (levels, limits) = costs, table
     state, best, left, codes = _room(paths, places, block)
     for row in range(rows[0], rows[1]):
         side, now, live, high = 0, 0, 1, places
@@ -175,43 +178,12 @@ def best_numbers(
             low = max(0, high - block)
             _enter(state, now, live, low, high, left[side])
             for at in range(high - 1, low - 1, -1):
-                value, inside = values[at] * scales[row, blocks[at]], at - low
-                unit, cost = factor[at, at] * value, bits[classes[at]]
-                live = _extended_by_numbers(state, now, live, inside, unit, value, cost, price, best)
-                _branch(state, now, live, inside, high - low, factor[at, low:at], best)
-                now = 1 - now
-            _leave(state, now, live, (low, high), factor, left[side], left[1 - side], codes[side], codes[1 - side])
-            side, high = 1 - side, low
-        for at in range(places):
-            out[row, at] = np.int32(codes[side, 0, at])
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def best_indices(
-    targets: Floats,
-    factor: Floats,
-    table: Floats,
-    limits: Floats,
-    scales: Floats,
-    blocks: Longs,
-    paths: int,
-    block: int,
-    rows: tuple[int, int],
-    out: Integers,
-) -> None:
-    """The same for indices into a `table` of values for scale 1, ascending, with `limits` between them."""
-    places = targets.shape[1]
-    state, best, left, codes = _room(paths, places, block)
-    for row in range(rows[0], rows[1]):
-        side, now, live, high = 0, 0, 1, places
-        left[0, 0] = targets[row]
-        state[4][now, 0] = 0.0
-        while high > 0:
-            low = max(0, high - block)
-            _enter(state, now, live, low, high, left[side])
-            for at in range(high - 1, low - 1, -1):
-                scale, inside = scales[row, blocks[at]], at - low
-                live = _extended_by_table(state, now, live, inside, factor[at, at], scale, table, limits, best)
+                value, inside, root = values[at] * scales[row, blocks[at]], at - low, factor[at, at]
+                if levels.size:
+                    live = _extended_by_table(state, now, live, inside, root, value, levels, limits, best)
+                else:
+                    cost = bits[classes[at]]
+                    live = _extended_by_numbers(state, now, live, inside, root * value, value, cost, price, best)
                 _branch(state, now, live, inside, high - low, factor[at, low:at], best)
                 now = 1 - now
             _leave(state, now, live, (low, high), factor, left[side], left[1 - side], codes[side], codes[1 - side])

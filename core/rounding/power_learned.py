@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core.errors import InvalidFormat
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.descent import NEAREST_KEPT, Indices, Levels, OutputCost, best_indices
+from core.rounding.descent import NEAREST_KEPT, OutputCost, best_indices, kept_nearest
 from core.rounding.gptq import frame_indices
+from core.rounding.levels import Indices, Levels
 from core.rounding.objective import Objective
 from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
-from core.tensors.nearest import encode_nearest
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
@@ -41,15 +40,13 @@ def round_tensor(
     InvalidFormat for other families than power, and for statistics of other inputs; InvalidCheckpoint for statistics
     that are missing or cannot be those of any inputs.
     """
-    if fmt.family != "power":
-        raise InvalidFormat("power_learned rounds to power grids", where=str(fmt), hint="rounding: gptq")
     chosen = spec.filled
     frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
     damping = chosen.damping or 0.0
     cost = OutputCost.of(sensitivity, frame).damped(damping)
     turned = sensitivity.turned(frame.turned, frame.turned_outputs)
     objective = Objective.of(turned, columns="reversed", damping=damping, diagonal=0.0)
-    started = frame_indices(frame, objective).cpu().numpy()
+    started = frame_indices(frame, objective).numpy()
 
     def start(rows: torch.Tensor, first: int, _levels: Levels) -> Indices:
         found: Indices = started[first : first + len(rows)].copy()
@@ -57,6 +54,5 @@ def round_tensor(
 
     indices = best_indices(frame, cost, start, chosen.refine or 0)
     if indices is None:
-        nearest = encode_nearest(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
-        return nearest.with_notes((*objective.notes, NEAREST_KEPT))
+        return kept_nearest(weight, frame, sensitivity, seed, (*objective.notes, NEAREST_KEPT))
     return frame.encoded(indices).with_notes(objective.notes)

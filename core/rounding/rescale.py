@@ -46,6 +46,11 @@ def scale_parts(fit: Fit, objective: Objective, columns: int) -> dict[str, torch
     }
 
 
+def _quadratic(matrix: torch.Tensor, wanted: torch.Tensor, gains: torch.Tensor) -> float:
+    """The objective, but for its constant, with the columns of normal equations multiplied by gains."""
+    return float(gains @ (matrix @ gains) - 2 * (wanted @ gains))
+
+
 def _solved(matrix: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Gains of the columns, 1 for columns of zeros."""
     ridge = max(_LEAST_RIDGE, _RIDGE * float(matrix.diagonal().mean()))
@@ -72,8 +77,7 @@ class Numbers:
         stored = [stored_fit(replace(fit, columns=columns), has_rows=False) for columns in offered]
 
         def cost(one: Fit) -> float:
-            ratio = torch.where(fit.columns > 0, one.columns / fit.columns, 1.0)
-            return float(ratio @ (matrix @ ratio) - 2 * (wanted @ ratio))
+            return _quadratic(matrix, wanted, torch.where(fit.columns > 0, one.columns / fit.columns, 1.0))
 
         return min(stored, key=cost)
 
@@ -83,13 +87,12 @@ class Numbers:
 
     def columns_fitted(self, fit: Fit) -> Fit:
         """With the columns' scales at the least objective for these rows' scales; as they were where none is less."""
-        gains = _solved(*self._normal_equations(fit))
-        before = self.excess(fit)
-        for share in (1.0, *_SHORTER):
-            found = replace(fit, columns=fit.columns * (1 + share * (gains - 1)))
-            if self.excess(found) <= before:
-                return found
-        return fit
+        matrix, wanted = self._normal_equations(fit)
+        gains = _solved(matrix, wanted)
+        offered = [1 + share * (gains - 1) for share in (1.0, *_SHORTER, 0.0)]
+        before = _quadratic(matrix, wanted, offered[-1])
+        chosen = next(one for one in offered if _quadratic(matrix, wanted, one) <= before)
+        return replace(fit, columns=fit.columns * chosen)
 
     def rows_fitted(self, fit: Fit) -> Fit:
         """With the rows' scales at the least objective for these columns' scales, of mean magnitude 1."""

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from core.errors import InvalidFormat
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.descent import NEAREST_KEPT, Levels, OutputCost
+from core.rounding.descent import NEAREST_KEPT, OutputCost, kept_nearest
+from core.rounding.levels import Levels
 from core.rounding.objective import tiles
 from core.tensors.encoded import EncodedTensor, scales_like
 from core.tensors.frame import Frame
-from core.tensors.nearest import encode_nearest
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
@@ -47,12 +46,7 @@ def round_tensor(
     spec: RoundingSpec,
     seed: int,
 ) -> EncodedTensor:
-    """Learned codes and scales of an integer format; `spec.steps`: how many steps, 200 where it is left out.
-
-    InvalidFormat for other formats, and for statistics of other inputs; InvalidCheckpoint without statistics.
-    """
-    if fmt.family != "int":
-        raise InvalidFormat("signround learns offsets to integers", where=str(fmt), hint="rounding: gptq")
+    """Learned codes and scales of an integer format; `spec.steps`: how many steps, 200 where it is left out."""
     frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
     cost = OutputCost.of(sensitivity, frame)
     indices, stored = _learned(frame, cost, spec.filled.steps or 0)
@@ -60,8 +54,7 @@ def round_tensor(
     found = replace(frame, scales=frame.scales if stored is None else _as_decoded(stored, frame), parts=parts)
     if _gain(frame, found, indices, cost) > 0:
         return found.encoded(indices)
-    nearest = encode_nearest(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
-    return nearest.with_notes((NEAREST_KEPT,))
+    return kept_nearest(weight, frame, sensitivity, seed, (NEAREST_KEPT,))
 
 
 def first_rate(steps: int, bits: float) -> float:
@@ -193,7 +186,6 @@ def _gain(before: Frame, after: Frame, indices: torch.Tensor, cost: OutputCost) 
     for first, last in tiles(*before.matrix.shape):
         weight = before.matrix[first:last].cpu().double()
         pull = cost.pull(weight, first)
-        nearest = old.rows(first, last).decoded(old.rows(first, last).nearest(weight))
-        learned = new.rows(first, last).decoded(indices[first:last].cpu().numpy())
-        gain += cost.of_error(weight - nearest, pull) - cost.of_error(weight - learned, pull)
+        learned = new.rows(first, last), indices[first:last].cpu().numpy()
+        gain += cost.gain(weight, old.rows(first, last), learned, pull)
     return gain

@@ -8,14 +8,13 @@ one path decides each column for good. The codes do not depend on the size of bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.formats.elements import ElementTable
+from core.rounding.levels import Indices, Levels
 from core.tensors.kernels import cpu
 
 BLOCK = 32
@@ -71,74 +70,81 @@ def round_to_steps(
     return found
 
 
-@dataclass(frozen=True)
-class Table:
-    """Values for scale 1, ascending, their limits, and which of these belong to the upper value."""
+def spread(wanted: torch.Tensor, weights: torch.Tensor, ratios: torch.Tensor, levels: Levels) -> Indices:
+    """Places first to last rounded at what is wanted of them, the error of t times ratios[t, s] added to later s.
 
-    values: NDArray[np.float32]
-    limits: Doubles
-    upper_on_tie: NDArray[np.bool_]
+    Both transposed, (places, rows), fp64; `wanted` is used up, an error is the weight less what is decoded. By the
+    covariance over its diagonal it is error diffusion; by its factor over that one's, GPTQ. Indices (places, rows).
+    """
+    from core.rounding.diffusion_jit import spread_block
 
-    @classmethod
-    def of(cls, table: ElementTable) -> Table:
-        """That of a format's element."""
-        return cls(
-            np.array(table.values, np.float32), np.array(table.limits, np.float64), np.array(table.upper_on_tie, bool)
-        )
-
-
-def round_to_table(targets: torch.Tensor, factor: torch.Tensor, table: Table, scales: Scales) -> Integers:
-    """Indices into a table (places, rows), for `targets` Y^T (places, rows), which are used up."""
-    from core.rounding import successive_jit
-
-    left, lower = np.ascontiguousarray(targets.numpy()), factor.numpy()
-    places, rows = left.shape
-    found = np.empty((places, rows), np.int32)
-    given = (table.values, table.limits, table.upper_on_tie)
-    for low, high in _blocks(places):
-        taken = np.empty((high - low, rows))
-        successive_jit.round_to_table(left, lower, given, scales.values, scales.blocks, low, high, found, taken)
-        _free_above(left, lower, low, high, taken)
+    places, rows = wanted.shape
+    found, errors = np.empty((places, rows), np.int32), np.empty((BLOCK, rows))
+    scales, given = np.ascontiguousarray(levels.scales.T), (wanted.numpy(), weights.numpy(), ratios.numpy())
+    for low in range(0, places, BLOCK):
+        high = min(low + BLOCK, places)
+        here = errors[: high - low]
+        spread_block(*given, scales, levels.blocks, levels.rule, low, high, found, here)
+        if high < places:
+            wanted[high:].addmm_(ratios[low:high, high:].T, torch.from_numpy(here))
     return found
 
 
-def best_paths(
+@dataclass(frozen=True)
+class Search:
+    """Several paths: how many, and what a bit costs; `spreads` (places,): standard deviations of whole numbers, by
+    which the bits of their code are foretold.
+    """
+
+    paths: int
+    price: float
+    spreads: Doubles
+
+
+def best_numbers(
+    targets: torch.Tensor, factor: torch.Tensor, values: Doubles, scales: Scales, search: Search
+) -> Integers:
+    """Numbers (places, rows) for `targets` Y^T (places, rows), each decoded as `values` (places,) times its scale."""
+    from core.tensors.entropy.matrix import class_costs
+
+    stds, bits = class_costs(_NEARBY)
+    classes = np.abs(np.log2(search.spreads)[:, None] - np.log2(stds)).argmin(axis=1).astype(np.int32)
+    nothing = np.zeros(0, np.float32)
+    coding = (bits.astype(np.float32), classes, search.price)
+    return _best(targets, factor, values, scales, coding, (nothing, nothing), search.paths)
+
+
+def best_indices(targets: torch.Tensor, factor: torch.Tensor, levels: Levels, paths: int) -> Integers:
+    """Indices of levels (places, rows) by several paths, for `targets` Y^T (places, rows)."""
+    scales = Scales(levels.scales.T.astype(np.float64), levels.blocks)
+    places = np.zeros(len(targets), np.int32)
+    table = (levels.values, levels.limits.astype(np.float32))
+    return _best(
+        targets, factor, np.ones(len(targets)), scales, (np.zeros((1, 1), np.float32), places, 0.0), table, paths
+    )
+
+
+def _best(
     targets: torch.Tensor,
     factor: torch.Tensor,
     values: Doubles,
     scales: Scales,
-    spreads: Doubles,
-    price: float,
+    coding: tuple[NDArray[np.float32], Integers, float],
+    table: tuple[NDArray[np.float32], NDArray[np.float32]],
     paths: int,
 ) -> Integers:
-    """Numbers (places, rows) for `targets` Y^T (places, rows), each decoded as `values` (places,) times its scale.
+    """By the compiled search, in units of the factor and of the values, so that squares stay within fp32."""
+    from core.rounding.paths_jit import best_codes
 
-    `spreads` (places,): standard deviations of the numbers, by which the bits of their code are foretold.
-    """
-    from core.rounding.paths_jit import best_numbers
-    from core.tensors.entropy.matrix import class_costs
-
-    stds, costs = class_costs(_NEARBY)
-    classes = np.abs(np.log2(spreads)[:, None] - np.log2(stds)).argmin(axis=1).astype(np.int32)
-    wanted, lower = _single(targets.T), _single(factor)
-    bits = (costs.astype(np.float32), classes, np.float32(price))
-    given = (wanted, lower, values.astype(np.float32), _single(scales.values.T), scales.blocks, bits, paths, BLOCK)
-    return _by_rows(lambda rows, found: best_numbers(*given, rows, found), wanted.shape)
-
-
-def best_indices(targets: torch.Tensor, factor: torch.Tensor, table: Table, scales: Scales, paths: int) -> Integers:
-    """Indices into a table (places, rows) by several paths, for `targets` Y^T (places, rows)."""
-    from core.rounding import paths_jit
-
-    wanted, lower, limits = _single(targets.T), _single(factor), table.limits.astype(np.float32)
-    given = (wanted, lower, table.values, limits, _single(scales.values.T), scales.blocks, paths, BLOCK)
-    return _by_rows(lambda rows, found: paths_jit.best_indices(*given, rows, found), wanted.shape)
-
-
-def _by_rows(work: Callable[[tuple[int, int], Integers], None], shape: tuple[int, ...]) -> Integers:
-    """What a loop over rows finds, (places, rows), in runs of rows on all threads."""
-    found = np.empty(shape, np.int32)
-    cpu.over_pieces(lambda rows: work(rows, found), [(at, min(at + _RUN, shape[0])) for at in range(0, shape[0], _RUN)])
+    root = float(factor.diagonal().mean()) if len(factor) else 1.0
+    value = float(np.abs(values).max(initial=0.0) * np.abs(scales.values).max(initial=0.0)) or 1.0
+    wanted, lower = _single(targets.T / (root * value)), _single(factor / root)
+    bits, classes, price = coding
+    costs = (bits, classes, np.float32(price / (root * value) ** 2))
+    given = (wanted, lower, values.astype(np.float32), _single(scales.values.T / value), scales.blocks, costs, table)
+    found = np.empty(wanted.shape, np.int32)
+    runs = [(at, min(at + _RUN, len(wanted))) for at in range(0, len(wanted), _RUN)]
+    cpu.over_pieces(lambda rows: best_codes(*given, paths, BLOCK, rows, found), runs)
     return np.ascontiguousarray(found.T)
 
 

@@ -8,8 +8,6 @@ freed of. Numbers are rounded half to even by division, in all of them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -66,66 +64,3 @@ def round_numbers(
             values[place] = value * scale[place] * found[place]
         if value != 0.0:
             _free_rows(targets, factor, low, at, values)
-
-
-@njit(nogil=True, cache=True)
-def nearest_place(limits: Doubles, upper_on_tie: NDArray[np.bool_], value: float) -> int:
-    """The index of the table's value that `value` is nearest to."""
-    low, high = 0, limits.size
-    while low < high:
-        middle = (low + high) // 2
-        limit = limits[middle]
-        if value > limit or (value == limit and upper_on_tie[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@njit(nogil=True, cache=True, fastmath={"contract"})
-def round_to_table(
-    targets: Doubles,
-    factor: Doubles,
-    table: tuple[Any, Any, Any],
-    scales: Doubles,
-    blocks: NDArray[np.int64],
-    low: int,
-    high: int,
-    indices: NDArray[np.int32],
-    taken: Doubles,
-) -> None:
-    """Indices of the nearest values of a table times the scale of a weight's block, for the columns of a block.
-
-    `table`: values fp32, limits, upper_on_tie. `scales` (blocks, rows), `blocks` (columns,): the block of each column.
-    """
-    values, limits, ties = table
-    count = targets.shape[1]
-    for at in range(high - 1, low - 1, -1):
-        target, found, decoded = targets[at], indices[at], taken[at - low]
-        unit, scale = factor[at, at], scales[blocks[at]]
-        for place in range(count):
-            if scale[place] != 0.0:
-                index = nearest_place(limits, ties, target[place] / unit / scale[place])
-                found[place] = index
-                decoded[place] = np.float64(values[index] * np.float32(scale[place]))
-            else:
-                found[place] = nearest_place(limits, ties, 0.0)
-                decoded[place] = 0.0
-        _free_rows(targets, factor, low, at, decoded)
-
-
-@njit(nogil=True, cache=True)
-def nearest_indices(
-    weights: NDArray[np.float32],
-    scales: Doubles,
-    width: int,
-    limits: Doubles,
-    upper_on_tie: NDArray[np.bool_],
-    out: NDArray[np.int32],
-) -> None:
-    """The index of the value that each weight (rows, columns) is nearest to; `scales` (rows, blocks of `width`)."""
-    for row in range(weights.shape[0]):
-        for column in range(weights.shape[1]):
-            scale = scales[row, column // width]
-            quotient = np.float64(weights[row, column]) / scale if scale != 0.0 else 0.0
-            out[row, column] = nearest_place(limits, upper_on_tie, quotient)

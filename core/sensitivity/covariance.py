@@ -10,7 +10,6 @@ Promise: the same statistics in the same order give the same bytes. It computes 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +20,11 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from core.errors import BitmillError, InvalidCheckpoint, OutOfDisk
+from core.errors import BitmillError, InvalidCheckpoint
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.safetensors_header import MAX_HEADER_BYTES
 from core.tensors.reader import read_tensor
-from core.tensors.writer import tensor_bytes
+from core.tensors.writer import tensor_bytes, write_at
 
 _FILE_VERSION = 1
 _METADATA = "bitmill_covariance"
@@ -155,14 +154,7 @@ class CovarianceWriter:
         return self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
-        view, done = memoryview(data), 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done : done + (1 << 30)], offset + done)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OutOfDisk("the disk is full", where=str(self._path)) from error
-            raise
+        write_at(self._file, offset, data, self._path)
 
 
 def _json(value: Any) -> bytes:

@@ -133,6 +133,7 @@ class _BlockInputs:
         self._uses: dict[tuple[str, ...], _Use] = {}
         self._seen: dict[int, tuple[torch.Tensor, int, Gram]] = {}
         self._reasons: dict[str, str] = {}
+        self._by_expert: dict[tuple[nn.Module, str], dict[int | None, tuple[str, ...]]] = {}
 
     def __enter__(self) -> Self:
         for module in self._block.module.modules():
@@ -191,7 +192,13 @@ class _BlockInputs:
         writer.write(key, gram.size, gram.panels(), members)
 
     def _names(self, module: nn.Module, key: str, expert: int | None = None) -> tuple[str, ...]:
-        return tuple(name for name, place in self._walk.hollow.stored(module, key) if place.expert == expert)
+        slot = (module, key)
+        if slot not in self._by_expert:
+            found: dict[int | None, tuple[str, ...]] = {}
+            for name, place in self._walk.hollow.stored(module, key):
+                found[place.expert] = (*found.get(place.expert, ()), name)
+            self._by_expert[slot] = found
+        return self._by_expert[slot].get(expert, ())
 
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         for name in names:

@@ -181,8 +181,9 @@ class EncodedTensor:
     def _decoded_tiles(self, coded: CodedCodes, flat: torch.Tensor) -> torch.Tensor:
         """Tile by tile, so that only as many codes as are being worked on take memory."""
         table, scales, grid = self.table, self.scale_values, self.grid
-        tiles = coded.tiles(at_once=flat.device.type == "cuda")  # there a tile would be the work of a few warps
         columns = self.column_scales
+        by_kernel = flat.device.type == "cuda" and columns is None
+        tiles = coded.tiles(at_once=by_kernel)  # there a tile would be the work of a few warps
         cpu.over_pieces(lambda tile: decode_tile(coded, tile, table, scales, grid, flat, columns), tiles)
         return flat
 

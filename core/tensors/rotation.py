@@ -89,24 +89,26 @@ class RandomRotation:
 
     def rotate_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
         """What has the input dimension as its last, turned as the rows of a weight are: a new fp32 tensor."""
-        matrix = _matrix(_fp32_copy(inputs))
-        _along_rows_(matrix, _Mixing.of(self.seed, _COLUMNS, matrix.shape[1], inputs.device).apply)
-        return matrix.reshape(inputs.shape)
+        return self._rotate_inputs_(_fp32_copy(inputs))
 
     def rotate_outputs(self, outputs: torch.Tensor) -> torch.Tensor:
         """What has the output dimension as its first, turned as the columns of a weight are: a new fp32 tensor."""
-        matrix = _fp32_copy(outputs)
-        if self.both_sides:
-            _along_columns_(matrix, _Mixing.of(self.seed, _ROWS, matrix.shape[0], outputs.device).apply)
-        return matrix
+        return self._rotate_outputs_(_fp32_copy(outputs))
 
     def rotate_(self, weight: torch.Tensor) -> torch.Tensor:
         """`rotate` in place."""
-        matrix = _matrix(weight)
-        _along_rows_(matrix, _Mixing.of(self.seed, _COLUMNS, matrix.shape[1], weight.device).apply)
+        return self._rotate_outputs_(self._rotate_inputs_(weight))
+
+    def _rotate_inputs_(self, values: torch.Tensor) -> torch.Tensor:
+        matrix = _matrix(values)
+        _along_rows_(matrix, _Mixing.of(self.seed, _COLUMNS, matrix.shape[1], values.device).apply)
+        return values
+
+    def _rotate_outputs_(self, values: torch.Tensor) -> torch.Tensor:
+        matrix = _matrix(values)
         if self.both_sides:
-            _along_columns_(matrix, _Mixing.of(self.seed, _ROWS, matrix.shape[0], weight.device).apply)
-        return weight
+            _along_columns_(matrix, _Mixing.of(self.seed, _ROWS, matrix.shape[0], values.device).apply)
+        return values
 
     def restore_(self, rotated: torch.Tensor) -> torch.Tensor:
         """`restore` in place."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 
@@ -95,14 +95,19 @@ class SafetensorsWriter:
         self._missing.discard(name)
 
     def _write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        view, done = memoryview(data), 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done : done + (1 << 30)], offset + done)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OutOfDisk("the disk is full", where=str(self._path)) from error
-            raise
+        write_at(self._file, offset, data, self._path)
+
+
+def write_at(file: BinaryIO, offset: int, data: bytes | bytearray | memoryview, path: Path) -> None:
+    """All of the data at a place of a file, whatever its position; OutOfDisk names the path."""
+    view, done = memoryview(data), 0
+    try:
+        while done < len(view):
+            done += os.pwrite(file.fileno(), view[done : done + (1 << 30)], offset + done)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfDisk("the disk is full", where=str(path)) from error
+        raise
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

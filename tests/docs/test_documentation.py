@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,24 +40,13 @@ from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.nearest import encode_nearest
 from core.tensors.writer import Part, SafetensorsWriter
+from tests.docs.scripts import script
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 ROUTERS = (artefacts, catalogues, checkpoints, events, health, jobs, plans, uploads)
 
 
-def module_of(path: Path) -> ModuleType:
-    """A script of the documentation, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-EXAMPLES, DRAW = module_of(DOCS / "examples.py"), module_of(DOCS / "draw.py")
+EXAMPLES, DRAW = script("examples.py"), script("draw.py")
 PAGES: list[Path] = EXAMPLES.pages()
 QUICK = [
     pytest.param(block, id=f"{page.name}: {block.commands[0]}")

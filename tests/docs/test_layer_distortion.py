@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,22 +12,11 @@ import pytest
 from core.recipe.rounding import PARAMETERS, RoundingSpec
 from core.rounding.layer import Layer
 from core.rounding.limit import SHAPE_GAP, distortion_at
+from docs.pictures import json_lines, svg
+from tests.docs.scripts import script
+from tests.golden.covariance_families import family as covariance_of
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def module() -> ModuleType:
-    """The script, which is no package."""
-    spec = importlib.util.spec_from_file_location("docs_layer_distortion", DOCS / "layer_distortion.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[found.__name__] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
-    return found
-
-
-SCRIPT = module()
+SCRIPT = script("layer_distortion.py")
 ROWS = SCRIPT.read(SCRIPT.NUMBERS.read_text("utf-8"))
 POINTS = SCRIPT.points(ROWS)
 LIMITS = [row for row in ROWS if isinstance(row, SCRIPT.Limit)]
@@ -45,7 +30,7 @@ def gap(series: str, family: str, name: str) -> float:
 
 def test_the_pictures_are_those_of_the_numbers() -> None:
     for path, chart in ((SCRIPT.CURVES, SCRIPT.curves), (SCRIPT.GAPS, SCRIPT.gaps)):
-        drawn = SCRIPT.svg(chart(ROWS))
+        drawn = svg(chart(ROWS))
         assert drawn == path.read_text("utf-8"), "python docs/layer_distortion.py draws it anew"
         assert len(drawn) < 250_000
 
@@ -57,11 +42,11 @@ def test_the_tables_of_the_page_are_those_of_the_numbers() -> None:
 
 
 def test_a_picture_is_the_same_whatever_was_drawn_before() -> None:
-    assert len({SCRIPT.svg(SCRIPT.gaps(ROWS)) for _ in range(2)}) == 1
+    assert len({svg(SCRIPT.gaps(ROWS)) for _ in range(2)}) == 1
 
 
 def test_numbers_are_read_as_they_were_written() -> None:
-    assert SCRIPT.read(SCRIPT.written(ROWS)) == ROWS
+    assert SCRIPT.read(json_lines(ROWS)) == ROWS
 
 
 def test_every_series_was_measured_under_every_covariance() -> None:
@@ -93,7 +78,7 @@ def test_a_number_is_what_the_coder_gives_now(series: Any) -> None:
 @pytest.mark.parametrize("family", SCRIPT.TITLES)
 def test_limits_are_reverse_waterfilling_of_the_weights_under_the_covariance(family: str) -> None:
     """Of white weights of variance 1, whose output has the power trace S / n, up to the sampling of the weights."""
-    covariance = SCRIPT.recipes()["family"](family, SCRIPT.COLUMNS)
+    covariance = covariance_of(family, SCRIPT.COLUMNS)
     spectrum = np.maximum(np.linalg.eigvalsh(covariance), 0)
     for row in (one for one in LIMITS if one.family == family):
         assert row.distortion == pytest.approx(distortion_at(spectrum / spectrum.mean(), row.bits), rel=0.03)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,28 +11,16 @@ import pytest
 from core.formats.limits import entropy_coded_grid
 from core.recipe.format_names import FAMILIES
 from core.recipe.tensor_format import parse
+from docs.pictures import json_lines, svg
+from tests.docs.scripts import script
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def module() -> ModuleType:
-    """The script, which is no package."""
-    spec = importlib.util.spec_from_file_location("docs_rate_distortion", DOCS / "rate_distortion.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[found.__name__] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
-    return found
-
-
-SCRIPT = module()
+SCRIPT = script("rate_distortion.py")
 ROWS, LIMITS = SCRIPT.read(SCRIPT.NUMBERS.read_text("utf-8"))
 MODELS = SCRIPT.read_models(SCRIPT.MODEL_NUMBERS.read_text("utf-8"))
 
 
 def test_the_picture_is_that_of_the_numbers() -> None:
-    drawn = SCRIPT.svg(SCRIPT.chart(ROWS, LIMITS))
+    drawn = svg(SCRIPT.chart(ROWS, LIMITS))
     assert drawn == SCRIPT.PICTURE.read_text("utf-8"), "python docs/rate_distortion.py draws it anew"
     assert len(drawn) < 250_000
 
@@ -52,8 +36,8 @@ def test_the_tables_of_the_page_are_those_of_the_numbers() -> None:
 
 
 def test_numbers_are_read_as_they_were_written() -> None:
-    assert SCRIPT.read(SCRIPT.written([*ROWS, *LIMITS])) == (ROWS, LIMITS)
-    assert SCRIPT.read_models(SCRIPT.written(MODELS)) == MODELS
+    assert SCRIPT.read(json_lines([*ROWS, *LIMITS])) == (ROWS, LIMITS)
+    assert SCRIPT.read_models(json_lines(MODELS)) == MODELS
 
 
 def test_every_format_of_the_catalogue_was_measured_on_every_source() -> None:

@@ -193,6 +193,45 @@ def test_damping_towards_zero(row: dict[str, Any]) -> None:
     assert column_entropy(numbers) - rate_at(eigenvalues, found) == pytest.approx(row["gap_col"], abs=2e-3)
 
 
+FINITE = DATA_AWARE["finite_calibration"]
+SHRUNK = [row for row in FINITE["diagonal_shrinkage"] if row["T_over_n"] == 4]
+
+
+def gap_of_tokens(name: str, per_input: int, **settings: Any) -> float:
+    """The gap at 3 bits of column entropy, codes by the statistics of so many tokens and errors by the true ones."""
+    count, rows = 256, 2048
+    covariance, weight = family(name, count), weights(rows, count)
+    inputs = np.random.default_rng(77).standard_normal((per_input * count, count)) @ np.linalg.cholesky(covariance).T
+    objective = objective_of(inputs.T @ inputs / len(inputs), **settings)
+    log, entropy = -1.0, 0.0
+    while abs(entropy - 3) > 5e-4:
+        numbers, values = rounded(objective, weight, steps_of(objective, "watersic", 2.0**log), shrinks=True)
+        entropy = column_entropy(numbers)
+        log += entropy - 3
+    return entropy - rate_at(np.linalg.eigvalsh(covariance), distortion(objective, weight, numbers, values, covariance))
+
+
+@pytest.mark.parametrize("row", FINITE["rows"], ids=lambda row: f"{row['T_over_n']} tokens for each input")
+def test_what_few_tokens_cost(row: dict[str, Any]) -> None:
+    tolerance = FINITE["tolerance"]["T_over_n=1" if row["T_over_n"] == 1 else "others"]
+    assert gap_of_tokens("pow1_haar", row["T_over_n"], damping=1e-4) == pytest.approx(row["gap_col"], abs=tolerance)
+
+
+@pytest.mark.parametrize("row", SHRUNK, ids=lambda row: f"{row['family']}, {row['regularisation']}")
+def test_damping_and_shrinkage_to_the_diagonal(row: dict[str, Any]) -> None:
+    kind = row["regularisation"]
+    settings = {"diagonal": float(kind[4:])} if kind.startswith("rho") else {"damping": float(kind.split()[0])}
+    assert gap_of_tokens(row["family"], 4, **settings) == pytest.approx(row["gap_col"], abs=0.01)
+
+
+def test_shrinkage_follows_the_number_of_tokens() -> None:
+    covariance = torch.from_numpy(family("ar1_0.9", 64).copy())
+    for tokens, share in ((64, 0.1), (640, 0.02), (64_000, 0.0002)):
+        found = Objective.of(Sensitivity(covariance=covariance, tokens=tokens)).hessian
+        assert float(found[0, 1]) == pytest.approx(0.9 * (1 - share), rel=1e-12)
+        assert float(found[0, 0]) == pytest.approx(1.0, rel=1e-12)
+
+
 def test_drift_and_residual_lower_the_true_objective() -> None:
     golden = DATA_AWARE["drift_and_residual"]["values"]
     count, rows = 256, 1024

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from core.errors import InvalidRecipe
 from core.exports.artefact import Artefact
 from core.pipeline.local import run_recipe
 from core.recipe.recipe import load_recipe
+from core.recipe.tensor_format import parse
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import folder_sources
+from core.tensors.nearest import encode_nearest
+from core.tensors.reader import read_tensor
 
 METHODS = [
     ("gptq", "int4@32"),
@@ -32,7 +36,7 @@ def recipe(name: str, text: str, **more: Any) -> dict[str, Any]:
         "format": text,
         "rounding": {"name": name, "steps": 5} if name == "signround" else name,
         "allocation": "uniform",
-        "calibration": {"text": "builtin", "sequences": 2, "sequence_length": 32},
+        "calibration": {"text": "builtin", "sequences": 8, "sequence_length": 32},
         "evaluation": {"text": "builtin", "sequences": 2, "sequence_length": 32},
         **more,
     }
@@ -43,11 +47,14 @@ def test_a_job_with_each_method(llama: Path, tmp_path: Path, name: str, text: st
     report = run_recipe(llama, load_recipe(recipe(name, text)), tmp_path / "out", device="cpu", threads=1)
     assert report["summary"]["bits_per_param"] <= 6.0
     artefact = Artefact.open(CheckpointIndex.from_files(folder_sources(tmp_path / "out")))
-    notes = {
-        row["name"]: row.get("notes", [])
-        for row in json.loads((tmp_path / "out/manifest.json").read_bytes())["tensors"]
-    }
+    table = json.loads((tmp_path / "out/manifest.json").read_bytes())["tensors"]
+    notes = {row["name"]: row.get("notes", []) for row in table}
     assert any("no statistics of its inputs" in note for note in notes["model.embed_tokens.weight"])
+    linear = "model.layers.0.mlp.gate_proj.weight"
+    assert not any("no statistics" in note for note in notes[linear])
+    weight = read_tensor(CheckpointIndex.from_files(folder_sources(llama)), linear)
+    fmt = parse(next(row["format"] for row in table if row["name"] == linear))
+    assert not torch.equal(artefact.decode(linear), encode_nearest(weight, fmt).decode(weight.dtype))
     for tensor in notes:
         assert artefact.decode(tensor).isfinite().all()
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from core.recipe.tensor_format import parse
 from core.rounding.base import Sensitivity
-from core.rounding.descent import Indices, Levels, OutputCost, best_indices, descend
+from core.rounding.descent import OutputCost, best_indices, descend
+from core.rounding.levels import Indices, Levels
 from core.tensors.frame import Frame
 from core.tensors.nearest import encode_nearest
 

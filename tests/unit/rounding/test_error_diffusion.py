@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidCheckpoint, InvalidFormat, NonFiniteWeights
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import parse
+from core.rounding import base
 from core.rounding.base import Sensitivity
 from core.rounding.error_diffusion import round_tensor
 from core.tensors.encoded import EncodedTensor
@@ -198,12 +199,14 @@ def test_without_statistics_it_is_refused(sensitivity: Sensitivity) -> None:
 def test_statistics_of_other_inputs_and_damaged_ones_are_refused() -> None:
     weight, fmt, good = weights(4, 64), parse("int4@32"), statistics(inputs(64, 300))
     with pytest.raises(InvalidFormat, match="covariance"):
-        round_tensor(weight, fmt, statistics(inputs(32, 300)), REFINED, 0)
+        base.round_tensor(weight, fmt, REFINED, sensitivity=statistics(inputs(32, 300)), seed=0)
     with pytest.raises(InvalidFormat, match="cross"):
-        round_tensor(weight, fmt, replace(good, cross=torch.zeros(32, 32)), REFINED, 0)
+        base.round_tensor(weight, fmt, REFINED, sensitivity=replace(good, cross=torch.zeros(32, 32)), seed=0)
     with pytest.raises(InvalidFormat, match="residual"):
-        round_tensor(weight, fmt, replace(good, residual=torch.zeros(5, 64)), REFINED, 0)
+        base.round_tensor(weight, fmt, REFINED, sensitivity=replace(good, residual=torch.zeros(5, 64)), seed=0)
     with pytest.raises(InvalidCheckpoint, match="NaN"):
-        round_tensor(weight, fmt, Sensitivity(covariance=torch.full((64, 64), torch.nan)), REFINED, 0)
+        base.round_tensor(
+            weight, fmt, REFINED, sensitivity=Sensitivity(covariance=torch.full((64, 64), torch.nan)), seed=0
+        )
     with pytest.raises(NonFiniteWeights):
-        round_tensor(weight * torch.inf, fmt, good, REFINED, 0)
+        base.round_tensor(weight * torch.inf, fmt, REFINED, sensitivity=good, seed=0)

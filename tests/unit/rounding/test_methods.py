@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from core.errors import BitmillError, InvalidCheckpoint, InvalidFormat
 from core.recipe.rounding import PARAMETERS, RoundingSpec
 from core.recipe.tensor_format import parse
-from core.rounding import successive
+from core.rounding import grids, successive
 from core.rounding.base import Sensitivity, round_tensor
+from core.rounding.levels import Levels
 from core.rounding.limit import Limit
 from core.rounding.objective import Objective
 from core.rounding.successive import Scales, round_to_steps
@@ -117,6 +118,15 @@ def test_what_are_no_statistics_is_refused(name: str, kind: str) -> None:
         round_tensor(weight, parse(FORMATS[name][0]), spec(name), sensitivity=given, seed=0)
 
 
+@pytest.mark.parametrize(("name", "text"), CASES)
+@pytest.mark.parametrize("size", [16, 64])
+def test_statistics_of_another_number_of_inputs_are_refused(name: str, text: str, size: int) -> None:
+    weight, _ = layer(8, 32)
+    given = Sensitivity(covariance=torch.eye(size, dtype=torch.float64))
+    with pytest.raises(InvalidFormat, match=r"covariance of .* for a weight"):
+        round_tensor(weight, parse(text), spec(name), sensitivity=given, seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -129,6 +139,7 @@ def test_what_are_no_statistics_is_refused(name: str, kind: str) -> None:
         ("gptq", "grid3@tensor+hadamard"),
         ("error_diffusion", "grid3@tensor"),
         ("power_learned", "int4@32"),
+        ("power_learned", "q4_k"),
         ("signround", "nf4@64"),
     ],
 )
@@ -221,6 +232,41 @@ class TestWatersic:
         assert gap is not None
         assert gap < 0.285
 
+    @pytest.mark.parametrize("bits", [2, 3])
+    def test_inputs_that_depend_on_each_other_cost_no_more_than_there_are(self, bits: int) -> None:
+        """Of 128 inputs 64 are free: the limit knows that half of the eigenvalues are 0."""
+        chance = np.random.default_rng(2)
+        inputs = chance.standard_normal((4096, 64)) @ chance.standard_normal((64, 128))
+        covariance, (weight, _) = torch.from_numpy(inputs.T @ inputs / 4096), layer(256, 128)
+        given = Sensitivity(covariance=covariance)
+        gaps = {}
+        for name in ("gptq", "watersic"):
+            found = round_tensor(weight, parse(f"grid{bits}@tensor"), spec(name), sensitivity=given, seed=0)
+            limit, error = Limit.of(weight.numpy(), covariance.numpy()), output_error(weight, found, covariance)
+            gaps[name] = limit.gap(8 * found.nbytes / weight.numel(), error) or 0.0
+        assert gaps["watersic"] < min(0.65, gaps["gptq"])
+
+    @pytest.mark.parametrize("distance", [1e-3, 1e-5, 1e-7])
+    def test_two_inputs_that_are_nearly_the_same(self, distance: float) -> None:
+        weight, covariance = layer(128, 64)
+        covariance[1] = (1 - distance) * covariance[0]
+        covariance[:, 1] = covariance[1]
+        covariance[1, 1] = covariance[0, 0]
+        paper = spec("watersic", paths=1, mmse_damping=0.0, classes=False)
+        given = Sensitivity(covariance=covariance)
+        found = round_tensor(weight, parse("grid4@tensor"), paper, sensitivity=given, seed=0)
+        power = float(((weight.double() @ covariance) * weight).sum() / weight.numel())
+        assert output_error(weight, found, covariance) < 0.05 * power
+
+    def test_a_price_for_bits_lowers_the_error_in_the_same_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight, covariance = layer(512, 128, "ar1_0.9")
+        given, errors = Sensitivity(covariance=covariance), []
+        for price in (grids._PRICE, 0.0):
+            monkeypatch.setattr(grids, "_PRICE", price)
+            found = round_tensor(weight, parse("grid2@tensor"), spec("watersic"), sensitivity=given, seed=0)
+            errors.append(output_error(weight, found, covariance))
+        assert errors[0] < 0.98 * errors[1]
+
     @pytest.mark.parametrize("bits", [0.3, 0.5, 1, 6, 8])
     def test_any_rate(self, bits: float) -> None:
         weight, covariance = layer(256, 128)
@@ -260,6 +306,7 @@ class TestFrame:
         whole = frame.scales.repeat_interleave(frame.width, 1)[:, :160].reshape(-1)
         indices = nearest_indices(frame.matrix.reshape(-1, 1), whole, frame.format, frame.table)
         found, wanted = frame.encoded(indices.reshape(40, 160)), encode_nearest(weight, parse(text), seed=3)
+        assert np.array_equal(Levels.of(frame).nearest(frame.matrix.double()), indices.reshape(40, 160).numpy())
         assert all(torch.equal(found.stored[name], part) for name, part in wanted.stored.items())
 
 

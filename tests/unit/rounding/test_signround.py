@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidCheckpoint, InvalidFormat
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import parse
-from core.rounding import signround
+from core.rounding import base, signround
 from core.rounding.base import Sensitivity
 from core.rounding.signround import first_rate, round_tensor
 from core.tensors.encoded import EncodedTensor
@@ -226,11 +226,15 @@ def test_the_rate_is_that_of_the_method(steps: int, bits: float, rate: float) ->
 @pytest.mark.parametrize("text", ["nf4@64", "mxfp4", "power4@channel", "q4_k", "grid3@tensor", "int4@32+outliers0.01"])
 def test_other_formats_are_refused(text: str) -> None:
     with pytest.raises(InvalidFormat):
-        round_tensor(weights(4, 256), parse(text), Sensitivity(covariance=covariance(256)), SPEC, 0)
+        base.round_tensor(
+            weights(4, 256), parse(text), SPEC, sensitivity=Sensitivity(covariance=covariance(256)), seed=0
+        )
 
 
 def test_missing_statistics_and_those_of_other_inputs_are_refused() -> None:
     with pytest.raises(InvalidCheckpoint, match="no statistics"):
         round_tensor(weights(4, 64), parse("int4@32"), Sensitivity(), SPEC, 0)
     with pytest.raises(InvalidFormat, match="covariance"):
-        round_tensor(weights(4, 64), parse("int4@32"), Sensitivity(covariance=covariance(32)), SPEC, 0)
+        base.round_tensor(
+            weights(4, 64), parse("int4@32"), SPEC, sensitivity=Sensitivity(covariance=covariance(32)), seed=0
+        )
