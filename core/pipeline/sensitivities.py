@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,8 +46,11 @@ class Sensitivities:
         sums = read_tensor(self.fisher, key) if self.fisher is not None and key in self.fisher.tensors else None
         found = Sensitivity.by_rows(sums, matrix_shape(shape)[0])
         use = self.covariances.uses.get(name) if self.covariances else None
-        if use is None or use.transposed or len(shape) != 2 or use.inputs != shape[1]:
-            return found
+        if use is None:
+            reasons = self.covariances.reasons if self.covariances else {}
+            return replace(found, missing=reasons.get(name, ""))
+        if use.transposed or len(shape) != 2 or use.inputs != shape[1]:
+            return replace(found, missing="it is stored with its inputs as rows")
         if use.key not in self._last:
             self._last.clear()
             self._last[use.key] = self._covariance(name)

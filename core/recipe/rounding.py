@@ -45,13 +45,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 class RoundingSpec(NamedPart):
     """A rounding method by name.
 
-    `damping`: added to the covariance's diagonal, as a share of its mean. `diagonal`: how far the
-    covariance is shrunk to its diagonal; left out, min(0.1, 0.2 inputs / tokens). `columns`: the order of columns; the
-    last is rounded first. `shrinkage`: column values shrunk to the least squares. `rescale`: row and column scales
-    fitted anew to the codes. `mmse_damping`: f of f D, added to the covariance but not to the target; left out, 0.5
-    up to 2.5 bits and 0.25 above. `classes`: columns coded by classes, one model for all otherwise. `paths`: of a
-    row's codes that are kept in work at once; with one, each column is decided for good. `refine`: passes of coordinate
-    descent over the codes at most. `steps`: of signed gradient descent.
+    `damping`: added to the covariance's diagonal, as a share of its mean. `diagonal`: how far the covariance is
+    shrunk to its diagonal; left out, min(0.1, 0.2 inputs / tokens). `columns`: the order of columns; the last is
+    rounded first. `shrinkage`: column values shrunk to the least squares. `rescale`: row and column scales fitted
+    anew to the codes. `mmse_damping`: f of f D / mean w^2, added to the covariance but not to the target; left out,
+    0.5 up to 2.5 bits and 0.25 above. `classes`: columns coded by classes, one model for all otherwise. `paths`: of
+    a row's codes that are kept in work at once; with one, each column is decided for good. `refine`: passes of
+    coordinate descent over the codes at most. `steps`: of signed gradient descent.
     """
 
     WHAT: ClassVar[str] = "rounding"

@@ -27,7 +27,7 @@ class Sensitivity:
     `row_weights`: Fisher information of an element of each output row, (out,). `covariance`: E[h h^T] of the layer's
     inputs, fp64 (in, in), over `tokens` of them (None: as good as exact). `cross`: E[x h^T] of the inputs x in the
     reference model, where h are those in a partly quantised one; None where both are the same. `residual`: E[r h^T], r
-    (out,) being what else the output should make up for; None for nothing.
+    (out,) being what else the output should make up for; None for nothing. `missing`: why there is no covariance.
     """
 
     row_weights: torch.Tensor | None = None
@@ -35,6 +35,7 @@ class Sensitivity:
     tokens: int | None = None
     cross: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    missing: str = ""
 
     @classmethod
     def by_rows(cls, sums: torch.Tensor | None, rows: int) -> Sensitivity:
@@ -45,6 +46,15 @@ class Sensitivity:
         if sums is None or not sums.numel() or rows % sums.numel():
             return cls(row_weights=torch.ones(rows, dtype=torch.float64))
         return cls(row_weights=sums.double().repeat_interleave(rows // sums.numel()))
+
+    def in_units(self, weight: float, covariance: float) -> Sensitivity:
+        """For a weight that is divided by one unit, with inputs' products divided by another."""
+
+        def over(part: torch.Tensor | None, unit: float) -> torch.Tensor | None:
+            return None if part is None else part.double() / unit
+
+        cross, residual = over(self.cross, covariance), over(self.residual, covariance * weight)
+        return replace(self, covariance=over(self.covariance, covariance), cross=cross, residual=residual)
 
     def check(self, rows: int, columns: int) -> None:
         """InvalidFormat for statistics of another matrix than (rows, columns), InvalidCheckpoint for NaN in them."""
@@ -101,4 +111,5 @@ def round_tensor(
         columns = weight.shape[-1] if weight.ndim else 1
         plain = replace(given, covariance=torch.eye(columns, dtype=torch.float64))
         encoded = _METHODS[spec.name](weight, fmt, plain, spec.for_plain_inputs, seed)
-    return encoded.with_notes(("no statistics of its inputs: all of them count alike",))
+    why = f" ({given.missing})" if given.missing else ""
+    return encoded.with_notes((f"no statistics of its inputs{why}: all of them count alike",))

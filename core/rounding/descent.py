@@ -20,7 +20,7 @@ import torch
 
 from core.errors import InvalidCheckpoint
 from core.rounding.levels import Indices, Levels
-from core.rounding.objective import tiles
+from core.rounding.objective import DEAD, tiles
 from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
 from core.tensors.nearest import encode_nearest
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 BLOCK = 64  # columns of a compiled loop
 NEAREST_KEPT = "rounded to nearest, which costs no more"
 _DENSE = 0.1  # of the weights of a block, above which a product of matrices is faster than rows one by one
-_DEAD = 1e-12  # of the largest mean square of an input
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class OutputCost:
     @property
     def alive(self) -> torch.Tensor:
         """Inputs that are not always zero, bool (n,)."""
-        return self.covariance.diagonal() > _DEAD
+        return self.covariance.diagonal() > DEAD
 
     def pull(self, weight: torch.Tensor, first: int) -> torch.Tensor | None:
         """P of rows `first`... of W, fp64 (rows, n); None where it is 0."""

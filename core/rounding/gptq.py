@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from core.formats.stored import CENTROIDS, matrix_shape, stored_parts
+from core.formats.stored import CENTROIDS, stored_parts
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.grids import GridRounding, GridSettings
+from core.rounding.grids import GridLayer, GridRounding, GridSettings
 from core.rounding.levels import Levels
 from core.rounding.objective import Objective, tiles
 from core.rounding.successive import Scales, best_indices, spread
@@ -25,7 +25,6 @@ from core.tensors.dtypes import SAFETENSORS_NAMES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
 from core.tensors.nearest import Encoder
-from core.tensors.passes import require_finite
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
@@ -76,22 +75,18 @@ def frame_indices(frame: Frame, objective: Objective, paths: int = 1) -> torch.T
 def _on_grid(
     weight: torch.Tensor, fmt: TensorFormat, sensitivity: Sensitivity, chosen: RoundingSpec, seed: int
 ) -> EncodedTensor:
-    require_finite(weight)
-    shape = tuple(weight.shape)
-    matrix = weight.detach().reshape(matrix_shape(shape)).float()
-    objective = Objective.of(
-        sensitivity, columns=chosen.columns or "natural", damping=chosen.damping or 0.0, diagonal=chosen.diagonal
-    )
-    encoder = Encoder(matrix.reshape(-1), fmt, shape, None, None)
+    shape, layer = tuple(weight.shape), GridLayer.of(weight, sensitivity, chosen)
+    matrix, objective = layer.weight, layer.objective
+    encoder = Encoder(weight.detach().reshape(-1), fmt, shape, None, None)
     stored, factors = encoder.chosen_scales()
-    scales = _grid_scales(factors, encoder.grid.width, matrix, objective.order)
+    scales = _grid_scales(factors.double() / layer.unit, encoder.grid.width, matrix, objective.order)
     settings = GridSettings(waterfilled=False, shrinks=None, paths=chosen.paths or 1, mmse=0.0, classes=True)
     room = stored_parts(fmt, shape)["codes"][1][0]
     found = GridRounding(matrix, objective, scales, settings, seed).solved(room)
     parts = {"codes": as_part(found.data, room), **stored}
     step = torch.from_numpy(found.values[:1].copy()).float() if objective.inputs else torch.ones(1)
     parts |= {"step": step, "centroids": torch.zeros(CENTROIDS).half()}
-    return EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts, objective.notes)
+    return layer.or_nearest(weight, EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts))
 
 
 def _grid_scales(factors: torch.Tensor, width: int, matrix: torch.Tensor, order: torch.Tensor) -> Scales:

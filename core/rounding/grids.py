@@ -11,17 +11,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from core.rounding.limit import SHAPE_GAP, distortion_at
+from core.formats.stored import matrix_shape
+from core.recipe.rounding import RoundingSpec
+from core.rounding.descent import NEAREST_KEPT
+from core.rounding.limit import SHAPE_GAP, distortion_at, water_level
 from core.rounding.objective import Objective, tiles
 from core.rounding.successive import Doubles, Integers, Numbers, Scales, Search, best_numbers, round_to_steps
 from core.tensors.coded import HEAD_BYTES, coded_bytes, shortest_form
 from core.tensors.column_scales import stored_values
+from core.tensors.encoded import EncodedTensor
 from core.tensors.entropy.loops_jit import Bytes
 from core.tensors.grid import MOST
+from core.tensors.nearest import encode_nearest
+from core.tensors.passes import require_finite
+
+if TYPE_CHECKING:
+    from core.rounding.base import Sensitivity
 
 _SAMPLED_ROWS = 512
 _SAMPLE_ROUNDS, _ROUNDS = 6, 8
@@ -32,6 +42,7 @@ _SIDE = (1000, 5, 0.001)  # bits that classes take: about so many, for each colu
 _PRICE = math.log(2)  # half of what a bit is worth, 2 ln 2 D: the best of those tried (1/4, 1/2, 3/4, 1)
 _LEAST_STD = 0.05
 _SPREAD = 2.0**14  # of steps, which scales of a byte can tell apart
+_FARTHEST = 120  # of exponents, whose inverse fp32 holds
 _MOST_BITS = 16.0  # of a number, however much room few weights have
 
 
@@ -104,7 +115,8 @@ class GridRounding:
 
     def _prepared(self, rate: float) -> GridRounding:
         """With the damping that suits a rate per live weight."""
-        amount = self.settings.mmse * self._expected(rate)
+        power = self._weight_power
+        amount = self.settings.mmse * self._expected(rate) / power if power > 0 else 0.0
         return replace(self, objective=self.objective.damped(amount)) if amount > 0 else self
 
     def _expected(self, rate: float) -> float:
@@ -112,18 +124,25 @@ class GridRounding:
         return float(min(distortion_at(self._power, max(rate - SHAPE_GAP, 0.0)), self._power.mean()))
 
     def _nominal(self, rate: float) -> float:
-        """The step c / L_ii, or c, of a rate on fine grids: 12 s_i^2 L_ii^2 has its mean logarithm (section 4.4)."""
-        logs = np.log(np.maximum(12 * self._power, 1e-300))
-        return float(np.exp(0.5 * logs[self._power > 0].mean() - (rate - SHAPE_GAP) * math.log(2)))
+        """The step c of a rate: its cells are as wide as the water level of s_i^2 L_ii^2 asks for (section 4.4)."""
+        return math.sqrt(12 * water_level(self._power, max(rate - SHAPE_GAP, 0.0)))
 
     @cached_property
     def _power(self) -> Doubles:
         """s_i^2 L_ii^2, or s_i^2 under one step for all columns; weights counted in units of their scales."""
-        rows = self._rows
-        power = (self._tile(*rows)[1] / self._scale_values(*rows)).square().mean(dim=0)
+        power = self._squares
         if self.settings.waterfilled:
             power = power * self.objective.units.square()
         return np.asarray(power.numpy(), np.float64)
+
+    @property
+    def _weight_power(self) -> float:
+        return float(self._squares.mean())
+
+    @cached_property
+    def _squares(self) -> torch.Tensor:
+        """s_i^2 (places,): the mean square of the weights of a column, in units of their scales."""
+        return (self._tile(*self._rows)[1] / self._scale_values(*self._rows)).square().mean(dim=0)
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -240,6 +259,51 @@ class GridRounding:
             found = self.at(step := 2 * step)
             if found.data.size + HEAD_BYTES <= room:
                 return found
+
+
+@dataclass(frozen=True)
+class GridLayer:
+    """A weight fp32 (rows, columns) and its objective, both in units near 1: the weight is `unit` times as large."""
+
+    weight: torch.Tensor
+    objective: Objective
+    unit: float
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, sensitivity: Sensitivity, chosen: RoundingSpec) -> GridLayer:
+        """Of a weight of any shape, by the parameters of a method; NonFiniteWeights."""
+        require_finite(weight)
+        matrix = weight.detach().reshape(matrix_shape(tuple(weight.shape))).float()
+        unit = _power_of_two(matrix)
+        given = sensitivity.in_units(unit, _power_of_two(sensitivity.covariance))
+        objective = Objective.of(
+            given, columns=chosen.columns or "natural", damping=chosen.damping or 0.0, diagonal=chosen.diagonal
+        )
+        return cls(matrix / unit, objective, unit)
+
+    def or_nearest(self, weight: torch.Tensor, found: EncodedTensor) -> EncodedTensor:
+        """What was found with the objective's notes, or in the same bytes all weights to nearest where that costs less.
+
+        Errors that are carried on may end in columns of few bits: where inputs differ in scale by orders of magnitude,
+        or single weights stand out.
+        """
+        nearest = encode_nearest(weight, found.format)
+        if self._cost(nearest) < self._cost(found):
+            return nearest.with_notes((*self.objective.notes, NEAREST_KEPT))
+        return found.with_notes(self.objective.notes)
+
+    def _cost(self, encoded: EncodedTensor) -> float:
+        decoded, total = encoded.decode().reshape(self.weight.shape) / self.unit, 0.0
+        for first, last in tiles(len(self.weight), self.objective.inputs):
+            cross = self.objective.cross(self.objective.rows(self.weight, first, last), first)
+            total += self.objective.excess(self.objective.rows(decoded, first, last), cross)
+        return total
+
+
+def _power_of_two(values: torch.Tensor | None) -> float:
+    """That of the largest magnitude, so that dividing by it rounds nothing; 1 for zeros."""
+    largest = float(values.abs().max()) if values is not None and values.numel() else 0.0
+    return 2.0 ** max(math.frexp(largest)[1], -_FARTHEST) if largest > 0 else 1.0
 
 
 def _between(step: float, fails: float, fits: float) -> float:

@@ -27,6 +27,7 @@ from core.rounding.limit import Limit
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.safetensors_header import TensorEntry
 from core.storage.sources import LocalFile
+from core.tensors.dtypes import FLOATING
 from core.tensors.reader import read_tensor
 
 Matrix = NDArray[np.float64]
@@ -51,9 +52,10 @@ class Layer:
         """From a layer file. MissingFile, or InvalidCheckpoint with what is wrong with which tensor."""
         if not path.is_file():
             raise MissingFile("no such file", where=str(path))
-        index = CheckpointIndex.from_files({path.name: LocalFile(path)})
         try:
+            index = CheckpointIndex.from_files({path.name: LocalFile(path)})
             _check_shapes(index.tensors)
+            _check_dtypes(index.tensors)
             return cls._of({name: read_tensor(index, name) for name in _wanted(index.tensors)})
         except InvalidCheckpoint as error:
             raise error.at(str(path)) from None
@@ -120,6 +122,12 @@ class Layer:
             "gap_bits": self.limit.gap(rate, distortion),
             "notes": list(encoded.notes),
         }
+
+
+def _check_dtypes(tensors: Mapping[str, TensorEntry]) -> None:
+    for name in ("weight", "covariance", "cross"):
+        if name in tensors and tensors[name].dtype not in FLOATING:
+            raise InvalidCheckpoint(f"`{name}` of {tensors[name].dtype}", hint=f"one of {', '.join(FLOATING)}")
 
 
 def _wanted(tensors: Mapping[str, TensorEntry]) -> list[str]:

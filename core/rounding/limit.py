@@ -33,6 +33,12 @@ def distortion_at(variances: ArrayLike, rate: float) -> float:
 
     Variances may be 0; ValueError for negative ones or a negative rate.
     """
+    level = water_level(variances, rate)
+    return math.fsum(np.minimum(_descending(variances), level)) / max(np.size(variances), 1)
+
+
+def water_level(variances: ArrayLike, rate: float) -> float:
+    """The distortion of every component that is coded at all, at `rate` bits each; 0 where nothing is left over."""
     ordered = _descending(variances)
     if not rate >= 0:
         raise ValueError(f"a rate of {rate} bits")
@@ -43,8 +49,7 @@ def distortion_at(variances: ArrayLike, rate: float) -> float:
     # Bits that bring the first k components down to the next one; the last k has no next one and takes any number.
     needed = np.append((np.cumsum(logs) - counts * np.append(logs[1:], 0.0))[:-1], np.inf)
     active = int(np.argmax(needed >= 2 * ordered.size * rate)) + 1
-    level = math.exp2((math.fsum(logs[:active]) - 2 * ordered.size * rate) / active)
-    return (active * level + math.fsum(positive[active:])) / ordered.size
+    return math.exp2((math.fsum(logs[:active]) - 2 * ordered.size * rate) / active)
 
 
 def rate_at(variances: ArrayLike, distortion: float) -> float:

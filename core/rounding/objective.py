@@ -10,7 +10,6 @@ What was done to make H usable stands in `notes`, which belong in the manifest.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from core.errors import InvalidCheckpoint
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
 
-_DEAD = 1e-6  # of the median variance
+DEAD = 1e-12  # of the largest variance
 _INDEFINITE = 1e-6  # of the largest eigenvalue: more than what sums in fp32 leave
 _RETRIES = 9
 _FIRST_RETRY = 1e-10  # of the mean variance
@@ -71,7 +70,7 @@ class Objective:
         covariance = given.double()
         _require_covariance(covariance)
         variances = covariance.diagonal()
-        alive = variances > _DEAD * _median(variances)
+        alive = variances > DEAD * (float(variances.max()) if len(variances) else 0.0)
         live, dead = alive.nonzero()[:, 0], (~alive).nonzero()[:, 0]
         share, notes = _shrinkage(diagonal, sensitivity.tokens, len(live))
         hessian = _shrunk(covariance[live][:, live], share)
@@ -148,11 +147,6 @@ def _require_covariance(covariance: torch.Tensor) -> None:
         raise InvalidCheckpoint("the covariance of the inputs is not symmetric")
     if bool((covariance.diagonal() < -_INDEFINITE * scale).any()):
         raise InvalidCheckpoint("the covariance of the inputs has negative variances")
-
-
-def _median(variances: torch.Tensor) -> float:
-    positive = variances[variances > 0]
-    return float(positive.median()) if len(positive) else math.inf
 
 
 def _mean(hessian: torch.Tensor) -> float:

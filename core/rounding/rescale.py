@@ -14,7 +14,7 @@ from core.formats.stored import CENTROIDS
 from core.rounding.objective import Objective, tiles
 from core.tensors.column_scales import as_stored, stored_values
 
-_RIDGE, _LEAST_RIDGE = 1e-8, 1e-11
+_RIDGE = 1e-8
 _CLOSE = 3e-4
 _FURTHEST = (-0.1, 1.5)
 _SHORTER = (0.5, 0.25, 0.125, 0.0625)
@@ -53,9 +53,8 @@ def _quadratic(matrix: torch.Tensor, wanted: torch.Tensor, gains: torch.Tensor) 
 
 def _solved(matrix: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Gains of the columns, 1 for columns of zeros."""
-    ridge = max(_LEAST_RIDGE, _RIDGE * float(matrix.diagonal().mean()))
-    unused = matrix.diagonal() <= 0
-    ridged = matrix + torch.diag(torch.where(unused, 1.0, ridge).to(matrix))
+    ridge, unused = _RIDGE * matrix.diagonal().mean(), matrix.diagonal() <= 0
+    ridged = matrix + torch.diag(torch.where(unused, torch.ones_like(ridge), ridge))
     gains = torch.linalg.solve(ridged, wanted).clamp(*_FURTHEST)
     return torch.where(unused, 1.0, gains)
 

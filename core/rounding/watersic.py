@@ -10,21 +10,21 @@ natural one, which leaves correlated columns beside each other. Formats: grids w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from core.formats.stored import matrix_shape, scale_dtype, stored_parts
+from core.formats.stored import scale_dtype, stored_parts
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.grids import Found, GridRounding, GridSettings
+from core.rounding.grids import Found, GridLayer, GridRounding, GridSettings
 from core.rounding.objective import Objective
 from core.rounding.rescale import Fit, Numbers, scale_parts, stored_fit
 from core.rounding.successive import Scales
 from core.tensors.coded import as_part
 from core.tensors.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from core.tensors.encoded import EncodedTensor
-from core.tensors.passes import require_finite
 
 if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
@@ -37,12 +37,9 @@ def round_tensor(
     weight: torch.Tensor, fmt: TensorFormat, sensitivity: Sensitivity, spec: RoundingSpec, seed: int
 ) -> EncodedTensor:
     """A weight of any shape in a grid with scales of columns, in the bytes that the format plans."""
-    require_finite(weight)
     chosen, shape = spec.filled, tuple(weight.shape)
-    matrix = weight.detach().reshape(matrix_shape(shape)).float()
-    objective = Objective.of(
-        sensitivity, columns=chosen.columns or "natural", damping=chosen.damping or 0.0, diagonal=chosen.diagonal
-    )
+    layer = GridLayer.of(weight, sensitivity, chosen)
+    matrix, objective = layer.weight, layer.objective
     damping = chosen.mmse_damping
     settings = GridSettings(
         waterfilled=True,
@@ -55,13 +52,14 @@ def round_tensor(
     room = stored_parts(fmt, shape)["codes"][1][0]
     found = GridRounding(matrix, objective, ones, settings, seed).solved(room)
     fit = _fit(matrix, found, objective, fmt, rescales=bool(chosen.rescale))
+    fit = replace(fit, columns=fit.columns * layer.unit)
     scales = fit.rows if fmt.granularity == "channel" else torch.ones(1)
     parts = {
         "codes": as_part(found.data, room),
         "scales": scales.to(TORCH_DTYPES[scale_dtype(fmt)]),
         **scale_parts(fit, objective, matrix.shape[1]),
     }
-    return EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts, objective.notes)
+    return layer.or_nearest(weight, EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts))
 
 
 def _fit(matrix: torch.Tensor, found: Found, objective: Objective, fmt: TensorFormat, *, rescales: bool) -> Fit:

@@ -232,6 +232,43 @@ class TestWatersic:
         assert gap is not None
         assert gap < 0.285
 
+    @pytest.mark.parametrize("name", ["watersic", "gptq"])
+    @pytest.mark.parametrize(("of_weights", "of_inputs"), [(-20, 0), (7, 0), (60, 0), (0, 200), (0, -200), (-6, 9)])
+    def test_units_change_nothing(self, name: str, of_weights: int, of_inputs: int) -> None:
+        weight, covariance = layer(256, 96, "scaled_ar1")
+        found = [
+            round_tensor(
+                weight * 2.0**w,
+                parse("grid2@tensor"),
+                spec(name),
+                sensitivity=Sensitivity(covariance=covariance * 2.0**s),
+                seed=0,
+            )
+            for w, s in ((0, 0), (of_weights, of_inputs))
+        ]
+        assert torch.equal(found[0].codes, found[1].codes)
+        assert torch.equal(found[0].decode() * 2.0**of_weights, found[1].decode())
+
+    @pytest.mark.parametrize("name", ["watersic", "gptq"])
+    @pytest.mark.parametrize("case", ["a few large inputs", "log-normal inputs", "one large weight", "tiny columns"])
+    def test_no_layer_is_worse_than_rounded_to_nearest(self, name: str, case: str) -> None:
+        weight, covariance = layer(64, 128)
+        scales = torch.ones(128, dtype=torch.float64)
+        if case == "a few large inputs":
+            scales[:2] = 1000
+        elif case == "log-normal inputs":
+            scales = torch.from_numpy(np.exp(2 * np.random.default_rng(3).standard_normal(128)))
+        elif case == "one large weight":
+            weight[5, 7] = 1e4
+        else:
+            weight[:, ::2] *= 1e-20
+        covariance = covariance * scales[:, None] * scales
+        given = Sensitivity(covariance=covariance)
+        found = round_tensor(weight, parse("grid3@channel"), spec(name), sensitivity=given, seed=0)
+        nearest = encode_nearest(weight, found.format)
+        assert output_error(weight, found, covariance) <= output_error(weight, nearest, covariance)
+        assert found.nbytes <= nearest.nbytes
+
     @pytest.mark.parametrize("bits", [2, 3])
     def test_inputs_that_depend_on_each_other_cost_no_more_than_there_are(self, bits: int) -> None:
         """Of 128 inputs 64 are free: the limit knows that half of the eigenvalues are 0."""
