@@ -12,7 +12,6 @@ import pytest
 from core.recipe.rounding import PARAMETERS, RoundingSpec
 from core.rounding.layer import Layer
 from core.rounding.limit import SHAPE_GAP, distortion_at
-from docs.pictures import json_lines, svg
 from tests.docs.scripts import script
 from tests.golden.covariance_families import family as covariance_of
 
@@ -30,7 +29,7 @@ def gap(series: str, family: str, name: str) -> float:
 
 def test_the_pictures_are_those_of_the_numbers() -> None:
     for path, chart in ((SCRIPT.CURVES, SCRIPT.curves), (SCRIPT.GAPS, SCRIPT.gaps)):
-        drawn = svg(chart(ROWS))
+        drawn = SCRIPT.svg(chart(ROWS))
         assert drawn == path.read_text("utf-8"), "python docs/layer_distortion.py draws it anew"
         assert len(drawn) < 250_000
 
@@ -42,11 +41,11 @@ def test_the_tables_of_the_page_are_those_of_the_numbers() -> None:
 
 
 def test_a_picture_is_the_same_whatever_was_drawn_before() -> None:
-    assert len({svg(SCRIPT.gaps(ROWS)) for _ in range(2)}) == 1
+    assert len({SCRIPT.svg(SCRIPT.gaps(ROWS)) for _ in range(2)}) == 1
 
 
 def test_numbers_are_read_as_they_were_written() -> None:
-    assert SCRIPT.read(json_lines(ROWS)) == ROWS
+    assert SCRIPT.read(SCRIPT.json_lines(ROWS)) == ROWS
 
 
 def test_every_series_was_measured_under_every_covariance() -> None:

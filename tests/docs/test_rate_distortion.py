@@ -11,7 +11,6 @@ import pytest
 from core.formats.limits import entropy_coded_grid
 from core.recipe.format_names import FAMILIES
 from core.recipe.tensor_format import parse
-from docs.pictures import json_lines, svg
 from tests.docs.scripts import script
 
 SCRIPT = script("rate_distortion.py")
@@ -20,7 +19,7 @@ MODELS = SCRIPT.read_models(SCRIPT.MODEL_NUMBERS.read_text("utf-8"))
 
 
 def test_the_picture_is_that_of_the_numbers() -> None:
-    drawn = svg(SCRIPT.chart(ROWS, LIMITS))
+    drawn = SCRIPT.svg(SCRIPT.chart(ROWS, LIMITS))
     assert drawn == SCRIPT.PICTURE.read_text("utf-8"), "python docs/rate_distortion.py draws it anew"
     assert len(drawn) < 250_000
 
@@ -36,8 +35,8 @@ def test_the_tables_of_the_page_are_those_of_the_numbers() -> None:
 
 
 def test_numbers_are_read_as_they_were_written() -> None:
-    assert SCRIPT.read(json_lines([*ROWS, *LIMITS])) == (ROWS, LIMITS)
-    assert SCRIPT.read_models(json_lines(MODELS)) == MODELS
+    assert SCRIPT.read(SCRIPT.json_lines([*ROWS, *LIMITS])) == (ROWS, LIMITS)
+    assert SCRIPT.read_models(SCRIPT.json_lines(MODELS)) == MODELS
 
 
 def test_every_format_of_the_catalogue_was_measured_on_every_source() -> None:
