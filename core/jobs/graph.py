@@ -2,7 +2,8 @@
 
 `fetch -> calibrate -> allocate -> quantise (one per shard) -> assemble -> evaluate -> export`; a step waits for all
 steps, with all shards, of the kinds that `core.jobs.steps` names. How many shards there are changes no byte of the
-result. What the recipe switches off (calibration, evaluation) has no step.
+result; layers that are rounded one after another are one shard. What the recipe switches off (calibration,
+evaluation) has no step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.errors import InvalidRecipe
-from core.jobs.steps import StepKind, dependencies_of, kinds_of, recipe_params, step_seed
+from core.jobs.steps import StepKind, dependencies_of, is_one_step, kinds_of, recipe_params, step_seed
 
 MAX_SHARDS = 64
 _UNKNOWN_SIZE_SHARDS = 8  # a checkpoint that is still to be fetched: its size is not known yet
@@ -55,7 +56,7 @@ def build(
         needed = dependencies_of(kind, recipe)
         needs = tuple(number for number, spec in enumerate(specs) if spec.kind in needed)
         params = source.fetch_params if kind == "fetch" else recipe_params(kind, recipe)
-        count = shard_count(source.size_bytes, shard_bytes) if kind == "quantise" else 1
+        count = 1 if is_one_step(kind, recipe) else shard_count(source.size_bytes, shard_bytes)
         specs += [StepSpec(kind, index, count, params, step_seed(kind, recipe), needs) for index in range(count)]
     return specs
 

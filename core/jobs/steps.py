@@ -105,6 +105,7 @@ def recipe_params(kind: StepKind, recipe: dict[str, Any]) -> dict[str, Any]:
     """`params` of a step: its part of a canonical recipe; export, which writes the recipe down, gets all of it.
 
     `calibrate` is told what to gather when that is more than Fisher information, which all recipes have in common.
+    `quantise` gets the calibration where layers are rounded one after another, by their inputs.
     `fetch` gets its source from whoever knows the checkpoint: {"files": [...]} of a finished upload, or
     {"source": {"kind": "path" | "hf" | "s3", ...}, "checkpoint": id}.
     """
@@ -114,7 +115,14 @@ def recipe_params(kind: StepKind, recipe: dict[str, Any]) -> dict[str, Any]:
     by_inputs = rounding.needs_covariance(recipe["rounding"]) or allocation.needs_covariance(recipe["allocation"])
     if kind == "calibrate" and by_inputs:
         params["gather"] = ["fisher", "covariance"]
+    if kind == "quantise" and rounding.is_sequential(recipe["rounding"]):
+        params["calibration"] = recipe["calibration"]
     return params
+
+
+def is_one_step(kind: StepKind, recipe: dict[str, Any]) -> bool:
+    """Whether a kind of step cannot be split: all but quantise, and that where each layer waits for those before it."""
+    return kind != "quantise" or rounding.is_sequential(recipe["rounding"])
 
 
 def step_seed(kind: StepKind, recipe: dict[str, Any]) -> int:

@@ -20,12 +20,15 @@ Passes = Annotated[int, Strict(), Field(ge=0, le=100), READ_WHOLE]
 Paths = Annotated[int, Strict(), Field(ge=1, le=256), READ_WHOLE]
 Steps = Annotated[int, Strict(), Field(ge=1, le=10000), READ_WHOLE]
 Flag = Annotated[bool, Strict()]
+Layers = Literal["parallel", "sequential"]
 
-# What each method has, with its defaults. Those of all data-aware methods are `_COMMON`.
+# What each method has, with its defaults. Those of all that know their inputs are `_LAYERS`.
+_OF_ORDER: dict[str, Any] = {"drift": 1.0, "residual": True, "attention": 0.0}
+_LAYERS: dict[str, Any] = {"layers": "parallel"} | _OF_ORDER
 _COMMON: dict[str, Any] = {"damping": 0.0, "diagonal": None}
 PARAMETERS: dict[str, dict[str, Any]] = {
     "nearest": {},
-    "gptq": _COMMON | {"columns": "natural", "paths": 1},
+    "gptq": _COMMON | {"columns": "natural", "paths": 1} | _LAYERS,
     "watersic": _COMMON
     | {
         "columns": "natural",
@@ -34,11 +37,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "mmse_damping": None,
         "classes": True,
         "paths": 16,
-    },
-    "error_diffusion": {"refine": 10},
-    "power_learned": {"damping": 0.01, "refine": 12},
+    }
+    | _LAYERS,
+    "error_diffusion": {"refine": 10} | _LAYERS,
+    "power_learned": {"damping": 0.01, "refine": 12} | _LAYERS,
     "squeezellm": {},
-    "signround": {"steps": 200},
+    "signround": {"steps": 200} | _LAYERS,
 }
 
 
@@ -51,7 +55,11 @@ class RoundingSpec(NamedPart):
     anew to the codes. `mmse_damping`: f of f D / mean w^2, added to the covariance but not to the target; left out,
     0.5 up to 2.5 bits and 0.25 above. `classes`: columns coded by classes, one model for all otherwise. `paths`: of
     a row's codes that are kept in work at once; with one, each column is decided for good. `refine`: passes of
-    coordinate descent over the codes at most. `steps`: of signed gradient descent.
+    coordinate descent over the codes at most. `steps`: of signed gradient descent. `layers`: parallel, all by the
+    inputs that they have in the reference, or sequential, each by what comes to it through the layers before it as they
+    are stored. What follows is for the latter. `drift`: how far the layers before attention take their inputs from
+    there, 0 being the reference's. `residual`: whether layers make up for the residual stream that they add to.
+    `attention`: how far tokens count by the attention that they receive, in the layers before it.
     """
 
     WHAT: ClassVar[str] = "rounding"
@@ -76,6 +84,10 @@ class RoundingSpec(NamedPart):
     paths: Paths | None = None
     refine: Passes | None = None
     steps: Steps | None = None
+    layers: Layers | None = None
+    drift: Share | None = None
+    residual: Flag | None = None
+    attention: Share | None = None
 
     @model_validator(mode="after")
     def _has_parameters(self, info: ValidationInfo) -> Self:
@@ -86,7 +98,17 @@ class RoundingSpec(NamedPart):
                 message = f"{self.name} has no parameter {key}"
                 problem = ({"path": f"rounding.{key}", "message": f"{message} ({hint})"},)
                 refuse(InvalidRecipe(message, where=f"rounding.{key}", hint=hint, errors=problem), info)
+        for key in _OF_ORDER:
+            if getattr(self, key) is not None and not self.is_sequential:
+                message, hint = f"{key} needs layers: sequential", "add it, or leave this out"
+                problem = ({"path": f"rounding.{key}", "message": f"{message} ({hint})"},)
+                refuse(InvalidRecipe(message, where=f"rounding.{key}", hint=hint, errors=problem), info)
         return self
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether layers are rounded one after another, by the inputs that they get from those before them."""
+        return self.layers == "sequential"
 
     @property
     def filled(self) -> RoundingSpec:
@@ -108,6 +130,9 @@ class RoundingSpec(NamedPart):
         """The format in which the method stores what is asked for in `fmt`; InvalidFormat for one it cannot use."""
         if reason := _refusal(self.name, fmt):
             raise InvalidFormat(f"{self.name} {reason[0]}", where=str(fmt), hint=reason[1])
+        if self.is_sequential and fmt.entropy_code and not fmt.is_grid:
+            reason = "sequential layers need sizes that are known before the codes", "grid3@tensor, or layers: parallel"
+            raise InvalidFormat(reason[0], where=str(fmt), hint=reason[1])
         if self.name != "watersic":
             return fmt
         kind = "fp16" if fmt.granularity == "channel" else fmt.scale_format
@@ -149,6 +174,11 @@ def _refusal_of_element(name: str, fmt: TensorFormat) -> tuple[str, str] | None:
 def needs_covariance(rounding: dict[str, Any]) -> bool:
     """The same of a canonical recipe's `rounding`."""
     return RoundingSpec.model_validate(rounding).needs_covariance
+
+
+def is_sequential(rounding: dict[str, Any]) -> bool:
+    """Whether the layers of a canonical recipe are rounded one after another."""
+    return RoundingSpec.model_validate(rounding).is_sequential
 
 
 def catalogue() -> list[dict[str, Any]]:

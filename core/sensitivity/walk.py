@@ -238,6 +238,17 @@ class BlockWalk:
         """Whether a block is the one that answers logits."""
         return module is self._head
 
+    @property
+    def names_outside(self) -> frozenset[str]:
+        """The checkpoint's tensors that are not in a block alone: used before, around or between them."""
+        inside = {name for block in self._blocks for name in self.hollow.names(block)}
+        around = {name for part in _outside(self.network, self._blocks) for name in self.hollow.names(part)}
+        return frozenset(self.hollow.names(self.network)) - inside | around
+
+    def tell_attention(self) -> None:
+        """Let attention layers answer their probabilities, as they do where these are computed one after another."""
+        self.network.set_attn_implementation("eager")  # type: ignore[operator]
+
     def waiting(self, batch: int) -> Call:
         """What a batch waits for; an internal error once it has gone on."""
         return _call_of(self._lanes[batch])

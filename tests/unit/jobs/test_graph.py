@@ -34,6 +34,16 @@ def test_a_full_recipe_has_every_kind_of_step_in_order() -> None:
     assert [(spec.index, spec.count) for spec in specs if spec.kind == "quantise"] == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_layers_that_are_rounded_one_after_another_are_one_shard_and_need_the_text() -> None:
+    sequential = {**RECIPE, "rounding": {"name": "watersic", "layers": "sequential"}, "format": "grid4@tensor"}
+    for source in (SOURCE, SourceFacts({"files": []}, None)):
+        (quantise,) = [spec for spec in build(sequential, source, shard_bytes=100) if spec.kind == "quantise"]
+        assert (quantise.index, quantise.count) == (0, 1)
+        assert quantise.params["calibration"] == RECIPE["calibration"]
+    parallel = build({**sequential, "rounding": {"name": "watersic"}}, SOURCE, shard_bytes=100)
+    assert all("calibration" not in spec.params for spec in parallel if spec.kind == "quantise")
+
+
 def test_a_step_waits_only_for_steps_before_it_and_for_all_shards() -> None:
     specs = build(RECIPE, SOURCE, shard_bytes=100)
     assert all(need < position for position, spec in enumerate(specs) for need in spec.needs)

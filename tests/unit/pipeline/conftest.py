@@ -92,3 +92,14 @@ def write_llama(folder: Path, tied: bool = False, seed: int = 0) -> Path:
 def llama(tmp_path: Path) -> Path:
     """The folder of an untied random Llama."""
     return write_llama(tmp_path / "llama")
+
+
+@pytest.fixture
+def moe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a random Mixtral, whose experts are stored one by one."""
+    from tests.unit.networks import conftest as networks
+
+    monkeypatch.setitem(networks.KINDS, "mixtral", networks.KINDS["mixtral"] | {"vocab_size": VOCABULARY})
+    networks.saved(tmp_path / "moe", "mixtral")
+    (tmp_path / "moe/tokenizer.json").write_text(byte_tokenizer())
+    return tmp_path / "moe"

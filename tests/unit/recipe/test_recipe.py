@@ -203,6 +203,10 @@ GIVEN: dict[str, Any] = {
     "paths": 2,
     "refine": 1,
     "steps": 1,
+    "layers": "sequential",
+    "drift": 0.5,
+    "residual": False,
+    "attention": 0.5,
 }
 
 
@@ -250,6 +254,14 @@ def test_a_format_that_a_method_cannot_use_is_refused_with_one_that_it_can(
         assert (type(error), error.where) == (InvalidRecipe, path)
         assert reason in error.detail
         assert hint in error.hint
+
+
+def test_layers_one_after_another_need_formats_whose_sizes_do_not_hang_on_the_codes() -> None:
+    rounding = {"name": "gptq", "layers": "sequential"}
+    error = refusal(SHORT | {"rounding": rounding, "format": "int4@64+rans"})
+    assert (error.where, error.hint) == ("format", "grid3@tensor, or layers: parallel")
+    for fmt in ("int4@64", "grid3@tensor"):
+        assert load_recipe(SHORT | {"rounding": rounding, "format": fmt}).rounding.is_sequential
 
 
 def _overridden(name: str, fmt: str) -> dict[str, Any]:
@@ -312,12 +324,19 @@ def test_all_problems_are_listed_and_the_first_is_where_the_error_is() -> None:
         ({"rounding": "neerest"}, "rounding.name", "did you mean nearest"),
         ({"rounding": {"name": 3}}, "rounding.name", "string"),
         (
-            {"rounding": {"name": "gptq", "layers": "sequential"}},
-            "rounding.layers",
-            "unknown key; known: name, damping",
+            {"rounding": {"name": "gptq", "layer": "sequential"}},
+            "rounding.layer",
+            "unknown key; did you mean layers",
         ),
         ({"rounding": {"name": "gptq", "damping": 1.5}}, "rounding.damping", "1"),
         ({"rounding": {"name": "gptq", "columns": "sorted"}}, "rounding.columns", "'ascending'"),
+        ({"rounding": {"name": "gptq", "layers": "ordered"}}, "rounding.layers", "'sequential'"),
+        ({"rounding": {"name": "gptq", "drift": 0.5}}, "rounding.drift", "drift needs layers: sequential"),
+        (
+            {"rounding": {"name": "gptq", "layers": "parallel", "attention": 1}},
+            "rounding.attention",
+            "attention needs layers: sequential",
+        ),
         ({"rounding": "gptq", "allocation": "uniform", "calibration": False}, "rounding", "gptq needs calibration"),
         ({"allocation": "fischer"}, "allocation.name", "did you mean fisher"),
         ({"allocation": {"min_bits": 5, "max_bits": 4}}, "allocation.min_bits", "above max_bits"),
