@@ -4,10 +4,11 @@ Of a tensor in a format: `½ Σ_o F_o d_o` in nats per token, F_o the Fisher inf
 weights), d_o the mean squared error of the row as the real encoder makes it; of a model the sum over its tensors
 (fisher-and-allocation, sections 1 and 8.4). The nearest codes shrink a row's weights together, by m on average and by m
 + r_o in row o: that part of the error is taken out of d_o and costs `½ (m² S + Σ_o r_o² S_o)`, S and S_o being the
-Fisher information of a factor on the tensor and on the row. Holds for errors that are not shaped by the rounding and
-for KL up to about 0.3 (8.3). Tensors of more than 2^20 weights are measured on evenly spaced rows, but for formats with
-one scale per tensor (of a grid the rate decides, not the scale, so rows do). Sums are fp64 and results have nine
-significant digits, so that the order of a reduction decides nothing.
+Fisher information of a factor on the tensor and on the row. Of the rest, methods that carry errors on leave the share
+that is expected of them (`core.rounding.expected`). Holds for KL up to about 0.3 (8.3). Tensors of more than 2^20
+weights are measured on evenly spaced rows, but for formats with one scale per tensor (of a grid the rate decides, not
+the scale, so rows do). Sums are fp64 and results have nine significant digits, so that the order of a reduction decides
+nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ MEASURED_WEIGHTS = 1 << 20
 _DIGITS = 9
 
 Floats = npt.NDArray[np.float64]
+Share = Callable[[float], float]
+
+
+def _whole(_bits: float) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,11 @@ class Evidence:
 
 
 class Forecast:
-    """Predicted KL by tensor and format, measured when it is first asked for. `check` is called between tensors."""
+    """Predicted KL by tensor and format, measured when it is first asked for.
+
+    `before_each` is called before a tensor is read. `shares(name)`: by bits, what the rounding is expected to leave of
+    the errors of nearest rounding.
+    """
 
     def __init__(
         self,
@@ -101,8 +111,10 @@ class Forecast:
         evidence: Evidence,
         device: str = "cpu",
         before_each: Callable[[str], None] = lambda _name: None,
+        shares: Callable[[str], Share] = lambda _name: _whole,
     ) -> None:
         self.evidence = evidence
+        self._shares = shares
         self._index, self._device, self._before_each = index, device, before_each
         self._known: dict[tuple[str, str], float] = {}
 
@@ -140,13 +152,13 @@ class Forecast:
         scales = self.evidence.scales(name)
         if scales is not None and len(scales.rows) != len(weights):
             scales = None
-        rows = _spaced_rows(len(weights), weights.shape[1])
+        share, rows = self._shares(name), _spaced_rows(len(weights), weights.shape[1])
         part = weights[torch.from_numpy(rows).to(self._device)] if len(rows) < len(weights) else weights
         try:
             return [
-                predicted_kl(weights, fisher, np.arange(len(weights)), text, scales)
+                predicted_kl(weights, fisher, np.arange(len(weights)), text, scales, share)
                 if parse(text).granularity == "tensor" and not parse(text).is_grid
-                else predicted_kl(part, fisher, rows, text, scales)
+                else predicted_kl(part, fisher, rows, text, scales, share)
                 for text in texts
             ]
         except BitmillError as error:
@@ -159,19 +171,22 @@ def predicted_kl(
     rows: npt.NDArray[np.int64],
     text: str,
     scales: Scales | None = None,
+    share: Share = _whole,
 ) -> float:
     """The forecast of a tensor, by ratio estimators from `weights` (rows, inputs), the rows `rows` of it.
 
     `fisher`: (all rows,), sums over the weights of a row. Without `scales` all of the error counts as independent.
+    `share`: what is left of it at a number of bits.
     """
-    encoded = encode_nearest(weights, parse(text), row_weights=torch.from_numpy(fisher[rows]))
+    fmt = parse(text)
+    encoded = encode_nearest(weights, fmt, row_weights=torch.from_numpy(fisher[rows]))
     errors, shrunk, power = _row_errors(weights, encoded.decode())
     kl = 0.0
     if scales is not None:
         errors = errors - shrunk**2 * power
         common = float(shrunk.mean())
         kl = 0.5 * (common**2 * scales.whole + _total(scales.rows, (shrunk - common) ** 2, rows))
-    kl += 0.5 * _total(fisher, errors, rows)
+    kl += 0.5 * share(fmt.element_bits) * _total(fisher, errors, rows)
     return float(f"{kl:.{_DIGITS}g}")
 
 

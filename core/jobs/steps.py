@@ -18,7 +18,7 @@ StepKind = Literal["fetch", "calibrate", "allocate", "quantise", "assemble", "ev
 STEP_KINDS: tuple[StepKind, ...] = get_args(StepKind)
 
 # Bumped when a step would answer differently for the same request, so that stored results are not reused.
-METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1) | {"allocate": 3, "quantise": 3}
+METHOD_VERSIONS: dict[StepKind, int] = dict.fromkeys(STEP_KINDS, 1) | {"allocate": 4, "quantise": 3}
 
 # The parts of a canonical recipe that decide a step, beside the outputs of the steps that it depends on.
 _RECIPE_PARTS: dict[StepKind, tuple[str, ...]] = {

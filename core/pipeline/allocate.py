@@ -46,6 +46,7 @@ from core.recipe.rounding import RoundingSpec
 from core.recipe.target import Target
 from core.recipe.tensor_format import TensorFormat, parse
 from core.rounding.base import round_tensor
+from core.rounding.expected import ExpectedShare
 from core.sensitivity.covariance import Covariances
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.dtypes import TORCH_DTYPES
@@ -138,6 +139,11 @@ class _Encoding:
     sensitivities: Sensitivities
     seed: int
 
+    def expected(self, name: str) -> Callable[[float], float]:
+        """By bits, what the rounding is expected to leave of the errors of nearest rounding."""
+        shape = self.source.tensors[name].shape
+        return ExpectedShare(self.rounding, self.sensitivities.of(name, shape)).at
+
     def __call__(self, name: str, fmt: TensorFormat) -> EncodedTensor:
         weight = read_tensor(self.source, name)
         sensitivity = self.sensitivities.of(name, tuple(weight.shape))
@@ -178,7 +184,8 @@ class _Job:
             known, by_noise = evidence, spec.name == "higgs"
             if by_noise:
                 known = measured_evidence(source, ctx.within(0.0, 0.4), params["calibration"], space, request.seed)
-            forecast = Forecast(source, known, ctx.device, _ticker(ctx.within(0.4 * by_noise, 0.5), space))
+            tick = _ticker(ctx.within(0.4 * by_noise, 0.5), space)
+            forecast = Forecast(source, known, ctx.device, tick, encoding.expected)
         by_output = _by_output_errors(ctx, calibrated, sizes, base) if spec.name == "baq" else None
         return cls(
             ctx=ctx,
