@@ -61,4 +61,5 @@ def _needs(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:
 
 Reader = Annotated[Principal, Depends(_needs("read"))]
 Writer = Annotated[Principal, Depends(_needs("write"))]
+Admin = Annotated[Principal, Depends(_needs("admin"))]
 Downloader = Annotated[Principal, Depends(authenticate_download)]

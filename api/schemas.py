@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
-from typing import Annotated, Any, Generic, Self, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,6 +17,8 @@ from core.jobs.views import (
     CheckpointState,
     EventView,
     JobStatus,
+    KeyView,
+    Scope,
     UploadFileView,
     UploadPartView,
     UploadState,
@@ -29,6 +31,7 @@ T = TypeVar("T")
 
 _LONGEST_S = 366 * 86400.0
 _MOST_SEQ = (1 << 63) - 1
+_OWNER = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,99}$"
 
 
 class Body(Request):
@@ -73,6 +76,25 @@ class PageQuery(Query):
 
     cursor: str | None = Field(default=None, max_length=200, description="`next_cursor` of the page before")
     limit: int = Field(default=50, ge=1, le=200)
+
+
+class NewKey(Body):
+    """A key to be made. `owner`: whose; yours if left out."""
+
+    scopes: tuple[Scope, ...] = Field(min_length=1, max_length=len(get_args(Scope)))
+    owner: str | None = Field(default=None, pattern=_OWNER)
+
+
+class KeyMade(KeyView):
+    """A key that was made. `secret`: only in the answer that made it."""
+
+    secret: str | None
+
+
+class KeyQuery(Query):
+    """Whose keys."""
+
+    owner: str | None = Field(default=None, pattern=_OWNER)
 
 
 class JobQuery(PageQuery):

@@ -86,6 +86,14 @@ def jobs(items: Iterable[Json]) -> None:
     table(("job", "status", "progress", "created", "name"), rows)
 
 
+def keys(items: Iterable[Json]) -> None:
+    rows = [
+        (item["id"], item["prefix"], " ".join(item["scopes"]), item["created_at"], item["revoked_at"] or "")
+        for item in items
+    ]
+    table(("key", "begins with", "scopes", "created", "revoked"), rows)
+
+
 def step_name(step: Json) -> str:
     return f"{step['kind']} {step['index']}" if step["kind"] == "quantise" else str(step["kind"])
 
