@@ -43,6 +43,8 @@ def cases(size: int) -> dict[str, Callable[[], object]]:
     targets, steps = objective.targets(weight.double()), 0.5 / objective.units.numpy()
     codes = round_to_steps(targets.clone(), objective.factor, steps, Scales.ones(size, size)).numbers.T.astype(np.int8)
 
+    single, lower = targets.float(), objective.factor.float()
+
     def whole(settings: dict[str, object], text: str) -> Callable[[], object]:
         spec, fmt = RoundingSpec.model_validate(settings), parse(text)
         return lambda: round_tensor(weight, fmt, spec, sensitivity=given, seed=0)
@@ -52,6 +54,7 @@ def cases(size: int) -> dict[str, Callable[[], object]]:
         "part: factor": lambda: Objective.of(given),
         "part: targets": lambda: objective.targets(weight.double()),
         "part: loop": lambda: round_to_steps(targets.clone(), objective.factor, steps, Scales.ones(size, size)),
+        "part: loop, fp32": lambda: round_to_steps(single.clone(), lower, steps, Scales.ones(size, size)),
         "part: coding": lambda: coded_bytes(codes, "rans", 1),
         "gptq int4@128": whole({"name": "gptq"}, "int4@128"),
         "gptq grid3@tensor": whole({"name": "gptq"}, "grid3@tensor"),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from core.errors import BitmillError
-from core.network_tensors import Place, Weights, fill
+from core.network_tensors import Place, Weights, fill, names_by_parameter
 from core.networks import build, checked_places, network_config
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.reader import read_tensor
@@ -26,6 +26,7 @@ _Slot = tuple[nn.Module, str]
 class HollowNetwork:
     """`network`: parameters on the meta device, buffers on the CPU with their values; in eval mode, without gradients.
 
+    `tensor_names`: the checkpoint's tensors behind each parameter.
     Raises what `load_network` raises, except for what only a forward pass would tell.
     """
 
@@ -37,6 +38,7 @@ class HollowNetwork:
         self._weights = weights or partial(read_tensor, index)
         self._meta: dict[_Slot, nn.Parameter] = {}
         targets: Mapping[str, torch.Tensor] = self.network.state_dict(keep_vars=True)
+        self.tensor_names = names_by_parameter(self.network, places)
         self._stored: dict[int, list[tuple[str, Place]]] = {}
         for name, place in places.items():
             self._stored.setdefault(id(targets[place.target]), []).append((name, place))
@@ -86,9 +88,7 @@ class HollowNetwork:
             if slot in self._meta:
                 slot[0]._parameters[slot[1]] = self._meta.pop(slot)
         _move_buffers(modules, "cpu")
-        # Between what stays, glibc keeps freed activations: without this a process grows with every block.
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        return_memory()
 
     @torch.no_grad()
     def _fill(self, real: Mapping[int, nn.Parameter], weights: Weights, only: Iterable[str] | None = None) -> None:
@@ -96,6 +96,16 @@ class HollowNetwork:
         for meta, parameter in real.items():
             chosen = [one for one in self._stored.get(meta, ()) if wanted is None or one[0] in wanted]
             fill({place.target: parameter for _, place in chosen}, chosen, weights)
+
+
+def return_memory() -> None:
+    """Hand freed memory back to the system.
+
+    Between what stays, glibc keeps freed activations, and does not find them again for aligned tensors of the same
+    size: without this a process grows with every block, and by several times the logits that it compares.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _slots(modules: Iterable[nn.Module]) -> list[_Slot]:

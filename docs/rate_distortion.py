@@ -103,6 +103,7 @@ SERIES = {
         "lloyd{}@tensor:rms+outliers0.01",
         "normal{}@tensor:rms+rotate",
     ),
+    "vectors, rotated": ("higgs{}-p2@1024+hadamard", "higgs{}-p4@1024+hadamard"),
     "MX, NVFP4, block floating point": (
         "mxfp4",
         "mxfp6_e2m3",
@@ -145,6 +146,7 @@ MODEL_FORMATS = (
     "nf4@64",
     "int4@64+unbiased",
     "int4@64",
+    "higgs4-p2@1024",
     "normal4@tensor:rms+rotate",
     "mxfp4",
 )
@@ -152,7 +154,7 @@ MODEL_COMMAND = (
     "quantise models/bitmill_5m --recipe fast --set target.bits_per_param=4.6 --set allocation.min_bits={bits} "
     "--set allocation.max_bits={bits} --set evaluation.sequences=16 --set evaluation.sequence_length=512"
 )
-_COLOURS = ("#00acc1", "#9a9a9a", "#3b7dd8", "#0b6e4f", "#8bbf1f", "#e08a00", "#c2185b", "#6a3fa0")
+_COLOURS = ("#00acc1", "#9a9a9a", "#3b7dd8", "#0b6e4f", "#8bbf1f", "#e08a00", "#795548", "#c2185b", "#6a3fa0")
 _LABELS: dict[str, dict[str, str]] = {  # what is named in the picture, and on which side of its point
     "left": {
         "grid2@tensor:rms": "grid",

@@ -29,14 +29,14 @@ def warnings(space: Space, formats: Mapping[str, str], forecast: Forecast | None
 
 def _not_reached(space: Space, forecast: Forecast, by_fisher: bool) -> Iterator[str]:
     missed, pooled = forecast.evidence.not_reached(space.groups), forecast.evidence.pooled
-    floor = ", they have at least the width that uniform would give" if by_fisher else ""
+    alone = "they have at least the width that uniform would give" if by_fisher else "no KL is predicted for them"
     for names, what in (
-        ([name for name in missed if name not in pooled], f"nothing is known about their sensitivity{floor}"),
+        ([name for name in missed if name not in pooled], alone),
         ([name for name in missed if name in pooled], "they are taken for as sensitive as those of their group"),
     ):
         if names:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            yield f"calibration did not reach {len(names)} tensors; {what}: {', '.join(names[:_NAMED])}{more}"
+            yield f"no Fisher information of {len(names)} tensors; {what}: {', '.join(names[:_NAMED])}{more}"
 
 
 def _short_text(forecast: Forecast) -> Iterator[str]:

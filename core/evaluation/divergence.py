@@ -3,7 +3,8 @@
 KL is per position KL(p_reference ‖ p_candidate) in nats over the whole vocabulary, in the centred form of every whose
 terms is non-negative, so that differences far below the rounding of a log-softmax are still measured; networks with
 identical weights give exactly 0. Logits are taken in fp32 whatever the networks compute in. Memory: the logits of one
-batch of both networks, and tiles of positions. It judges nothing: what is good enough is the gate's business.
+batch of both networks, and tiles of positions; networks that are never held whole are compared by
+`core.evaluation.by_blocks`. It judges nothing: what is good enough is the gate's business.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from torch import nn
 
 from core.errors import InvalidCheckpoint, NonFiniteWeights
 from core.evaluation.text import Windows
+from core.hollow import return_memory
 from core.networks import check_token_ids, next_token_logits
 
 Progress = Callable[[float, str], None]
 
-_TILE_ELEMENTS = 1 << 20  # of logits worked on at a time: they stay in the cache
+_TILE_ELEMENTS = 1 << 18  # of logits worked on at a time: they stay in the cache
+_TILES_BETWEEN = 8  # handing memory back
 _BATCH_TOKENS = 2048
 _BATCH_ELEMENTS = 1 << 26  # of logits held at a time, per network, unless one sequence has more
 _HEAD_ROWS = 1 << 14
 _SERIES_BELOW = {torch.float32: 0.05, torch.float64: 1e-3}  # where its first missing term is below the dtype's eps
 _SAFE_DIFFERENCE = 80.0
+_NO_NUMBERS = "logits that are not numbers, or tokens that only the candidate excludes"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class _Compared:
 
 
 def kl_from_logits(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) over the last dimension, fp64, from logits of either in fp32 or fp64."""
+    """KL(p ‖ q) over the last dimension, fp64, from logits of either in fp32 or fp64; NaN where either has one."""
     kl, plain = _centred_kl(p_logits, q_logits - p_logits)
     if plain.any():
         kl[plain] = _plain_kl(p_logits[plain], q_logits[plain])
@@ -102,10 +106,10 @@ def _excess(x: torch.Tensor, all_small: bool) -> torch.Tensor:
 
 
 def _plain_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """Σ p (log p - log q) in fp64; tokens that p excludes count nothing."""
+    """Σ p (log p - log q) in fp64; tokens that p excludes count nothing, what is no number gives none."""
     log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_min(0)
 
 
 def top_k_kl(p_logits: torch.Tensor, q_logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -139,22 +143,24 @@ def evaluate(
     """
     check_token_ids(reference, windows.ids)
     check_token_ids(candidate, windows.ids)
-    parts: list[_Compared] = []
+    comparison, device = Comparison(), next(reference.parameters()).device
     with torch.inference_mode(), ExitStack() as stack:
         for network in (reference, candidate):
             stack.enter_context(float32_head(network))
         size, done = batch or 1, 0
         while done < len(windows.ids):
             progress(done / len(windows.ids), f"sequence {done + 1} of {len(windows.ids)}")
-            compared, vocabulary = _compare(reference, candidate, windows.ids[done : done + size])
-            parts.append(compared)
+            ids = windows.ids[done : done + size].to(device)
+            expected, measured = next_token_logits(reference, ids), next_token_logits(candidate, ids)
+            comparison.add(expected, measured, ids)
             done += size
-            size = batch or _batch_size(windows.ids.shape[1], vocabulary)
-    return _metrics(parts, windows.ids.shape[1])
+            size = batch or batch_size(windows.ids.shape[1], expected.shape[-1])
+    return comparison.metrics()
 
 
-def _batch_size(length: int, vocabulary: int) -> int:
-    return max(1, min(_BATCH_TOKENS // length, _BATCH_ELEMENTS // (length * vocabulary)))
+def batch_size(length: int, vocabulary: int, elements: int = _BATCH_ELEMENTS) -> int:
+    """How many sequences of that length have at most so many logits; one at least."""
+    return max(1, min(_BATCH_TOKENS // length, elements // (length * vocabulary)))
 
 
 @contextmanager
@@ -185,28 +191,36 @@ def _float32_linear(head: nn.Module, inputs: tuple[torch.Tensor, ...], _output: 
     return product if not isinstance(bias, torch.Tensor) else product + bias.float()
 
 
-def _compare(reference: nn.Module, candidate: nn.Module, ids: torch.Tensor) -> tuple[_Compared, int]:
-    device = next(reference.parameters()).device
-    ids = ids.to(device)
-    expected, measured = next_token_logits(reference, ids), next_token_logits(candidate, ids)
-    if expected.shape != measured.shape:
-        raise InvalidCheckpoint(
-            f"the vocabularies differ: {expected.shape[-1]} and {measured.shape[-1]} tokens", where="candidate"
-        )
-    rows = max(1, _TILE_ELEMENTS // expected.shape[-1])
-    tiles = [
-        _compare_tile(*tile)
+class Comparison:
+    """Logits of the same windows compared as they come; nothing of their size is kept."""
+
+    def __init__(self) -> None:
+        self._parts: list[_Compared] = []
+
+    def add(self, expected: torch.Tensor, measured: torch.Tensor, ids: torch.Tensor) -> None:
+        """Logits (sequences, length, vocabulary) for token ids on their device. Raises what `evaluate` raises."""
+        if expected.shape != measured.shape:
+            raise InvalidCheckpoint(
+                f"the vocabularies differ: {expected.shape[-1]} and {measured.shape[-1]} tokens", where="candidate"
+            )
+        rows, tiles = max(1, _TILE_ELEMENTS // expected.shape[-1]), []
         for tile in zip(
             torch.split(expected.flatten(0, 1), rows),
             torch.split(measured.flatten(0, 1), rows),
             torch.split(ids.roll(-1, dims=1).flatten(), rows),
             strict=True,
-        )
-    ]
-    kl, agrees, loss, reference_loss = (torch.cat(column).view(ids.shape).cpu() for column in zip(*tiles, strict=True))
-    if not kl.isfinite().all():
-        raise NonFiniteWeights("logits that are not numbers, or tokens that only the candidate excludes", where="KL")
-    return _Compared(kl, agrees, loss[:, :-1], reference_loss[:, :-1]), expected.shape[-1]
+        ):
+            tiles.append(_compare_tile(*tile))
+            if len(tiles) % _TILES_BETWEEN == 0:
+                return_memory()
+        kl, agrees, *losses = (torch.cat(column).view(ids.shape).cpu() for column in zip(*tiles, strict=True))
+        if not kl.isfinite().all():
+            raise NonFiniteWeights(_NO_NUMBERS, where="KL")
+        self._parts.append(_Compared(kl, agrees, *(loss[:, :-1] for loss in losses)))
+
+    def metrics(self) -> Metrics:
+        """Of everything that was added."""
+        return _metrics(self._parts, self._parts[0].kl.shape[1])
 
 
 def _compare_tile(

@@ -11,7 +11,8 @@ from core.formats.elements import ASSUMED_CHANNEL, depends_on_block, element_tab
 from core.formats.limits import entropy_coded_grid
 from core.formats.sparse_index import index_bytes, outlier_count
 from core.formats.stored import LEAST_SHARE, packed_bits, scale_bits
-from core.recipe.format_names import ALIASES, BLOCK_NAMES, FAMILIES, SCALE_FORMATS, STATISTICS
+from core.formats.vector_grid import stored_grid
+from core.recipe.format_names import ALIASES, BLOCK_NAMES, FAMILIES, SCALE_FORMATS, STATISTICS, VECTOR_FAMILY
 from core.recipe.tensor_format import TensorFormat, parse
 
 # family: (example, description)
@@ -43,9 +44,13 @@ _FAMILIES = {
         "grid3@tensor:rms",
         "uniform grid with entropy-coded codes; its step is solved so that all that is stored takes the bits named",
     ),
+    "higgs": (
+        "higgs3-p2@1024",
+        "grid of vectors for Normal weights (HIGGS): after a rotation, p weights share one of 2^(p bits) points",
+    ),
 }
 _OUTLIER_VALUE_BITS = 16
-_CODEBOOK_BITS = 16  # a value, where every row has a codebook
+_CODEBOOK_BITS = 16  # a value, where every row has a codebook; a number of a point
 _GRID_SHOWN = 4.0  # RMS
 _LONG = 1 << 24  # elements of the tensor that shares of outliers are counted on
 
@@ -81,12 +86,15 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
 
     Where only a tensor's shape tells how many weights share a scale, the codebook is that of `assumed_shared` weights
     and `bits_per_param` leaves the scales out. Of what is fitted to each tensor the start is shown and `fitted` named.
-    A grid is shown for Normal weights.
+    A grid is shown for Normal weights; of a grid of vectors the codebook are its points as they are stored, in
+    lexicographic order.
     """
     if fmt.is_block_type:
         return _described_block(fmt)
     if fmt.is_grid:
         return _described_grid(fmt)
+    if fmt.is_vector_grid:
+        return _described_vectors(fmt)
     known = isinstance(fmt.granularity, int)
     shared = fmt.granularity if isinstance(fmt.granularity, int) else ASSUMED_CHANNEL
     described = {
@@ -99,8 +107,7 @@ def describe(fmt: TensorFormat) -> dict[str, Any]:
         "description": _sentence(fmt),
     }
     described |= {"assumed_shared": shared} if not known and depends_on_block(fmt) else {}
-    rule = (fmt.outlier_rule or ("outliers", 0.0))[0]
-    unknown = [] if rule == "outliers" else [f"outliers: how many {rule} finds only the data tell"]
+    unknown = _unknown_outliers(fmt)
     unknown += [f"{fmt.entropy_code}: what it saves only the data tell"] if fmt.entropy_code else []
     unknown += [f"codebooks: {_CODEBOOK_BITS * fmt.codes} bits a row"] if fmt.has_row_codebooks else []
     described |= {"not_counted": "; ".join(unknown)} if unknown else {}
@@ -137,6 +144,27 @@ def _described_grid(fmt: TensorFormat) -> dict[str, Any]:
     }
 
 
+def _described_vectors(fmt: TensorFormat) -> dict[str, Any]:
+    shared = fmt.granularity if isinstance(fmt.granularity, int) else math.inf
+    found = {
+        "format": str(fmt),
+        "codebook": stored_grid(fmt.vector, fmt.codes).tolist(),
+        "element_bits": fmt.element_bits,
+        "scale_bits": scale_bits(fmt),
+        "block_size": fmt.granularity,
+        "bits_per_param": packed_bits(fmt.codes) / fmt.vector + scale_bits(fmt) / shared + _outlier_bits(fmt),
+        "description": _sentence(fmt),
+    }
+    unknown = [f"points: {_CODEBOOK_BITS * fmt.codes * fmt.vector} bits a tensor", *_unknown_outliers(fmt)]
+    return found | {"not_counted": "; ".join(unknown)}
+
+
+def _unknown_outliers(fmt: TensorFormat) -> list[str]:
+    """What is to say about outliers whose number only the data tell."""
+    rule = (fmt.outlier_rule or ("outliers", 0.0))[0]
+    return [] if rule == "outliers" else [f"outliers: how many {rule} finds only the data tell"]
+
+
 def _outlier_bits(fmt: TensorFormat) -> float:
     """Bits per parameter that outliers add to a long tensor; 0 where the data decide how many there are."""
     rule, ratio = fmt.outlier_rule or ("", 0.0)
@@ -153,7 +181,8 @@ def _accepted(family: str, field: str, names: tuple[str, ...]) -> list[str]:
 
 def _with_name(family: str, field: str, name: str) -> list[str]:
     elements = {"t": ["t7_4"], "float": ["float4_e2m1"], "bof": ["bof4", "bof4-s"], "int": ["int4", "int4-mx"]}
-    statistic, scale = (name, "bf16") if field == "statistic" else ("absmax", name)
+    fixed = "rms" if family == VECTOR_FAMILY else "absmax"
+    statistic, scale = (name, "bf16") if field == "statistic" else (fixed, name)
     scale = "e4m3" if name == "fouroversix" else scale
     return [f"{element}@16:{statistic}:{scale}" for element in elements.get(family, [f"{family}4"])]
 

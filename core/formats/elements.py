@@ -23,6 +23,7 @@ _SF_NU = 5.0
 _START_NU = 7.0  # of weights that nobody looked at (optimal formats, section 12)
 _START_ALPHA = 0.7
 _START_EXPONENT_BITS = 2
+_REACH = 8.0  # RMS, beyond which no point of a grid of vectors lies
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def element_table(fmt: TensorFormat, shared: int) -> ElementTable:
     """The table of a format whose scales are shared by `shared` weights each (block, row or tensor).
 
     Of a format that is fitted to each tensor: the table that fitting starts from. Of a grid, which has no ends: the
-    interval that an absmax is put at, whatever its step will be.
+    interval that an absmax is put at, whatever its step will be. Of a grid of vectors, which is no table of numbers:
+    what no number of its points is beyond.
     """
     block = None if not depends_on_block(fmt) else shared
     return _table(started(fmt), block)
@@ -142,8 +144,9 @@ def _codebook(fmt: TensorFormat, block: int | None) -> tuple[float, ...]:
         signed = fmt.mode.startswith("s")
         metric: Metric = "mae" if fmt.mode.endswith("mae") else "mse"
         return block_optimal.block_optimal(fmt.codes, block or 1, signed=signed, metric=metric)
-    if fmt.is_grid:
-        return (-1.0, 0.0, 1.0)
+    if fmt.is_grid or fmt.is_vector_grid:
+        reach = 1.0 if fmt.is_grid else _REACH
+        return (-reach, 0.0, reach)
     if fmt.family in ROOT_DENSITIES:
         return _root_density(fmt, block)
     raise InvalidFormat(f"no table for {fmt.family}", where=str(fmt))

@@ -124,6 +124,11 @@ def packed_bits(codes: int) -> float:
     return sum(plane.bits for plane in planes(codes))
 
 
+def code_count(fmt: TensorFormat, elements: int) -> int:
+    """Codes of so many elements: as many, or one for each vector; the last one may be short."""
+    return -(-elements // fmt.vector)
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """A tensor as rows of its last dimension; a scalar is one row of one."""
     if not shape:
@@ -148,11 +153,11 @@ def stored_parts(
 
     `codes`: packed, U8, or entropy coded, or the blocks of a block type. `scales`. `tensor_scale`: what e4m3 scales are
     multiplied with. `scale_offset`, `scale_absmax`: of dq8. `codebook`: the table of a codebook element, F32, from
-    which alone it is decoded; where rows have their own, F16 (rows, codes), each ascending. `fitted`: the parameter
-    that was fitted. `step`, `centroids`: of a grid, its step and how far below k steps, in steps, the numbers of cell
-    k = 1, 2, 3 or more are decoded. `outlier_values`, `outlier_index`: see `sparse_index`. `seed`: of a rotation.
-    `column_scales`: of the input dimensions. `outliers`, `coded`: their number and the bytes of entropy-coded codes
-    where the data decide these and the format does not tell.
+    which alone it is decoded; where rows have their own, F16 (rows, codes), each ascending; of a grid of vectors its
+    points, F16 (codes, numbers of a vector). `fitted`: the parameter that was fitted. `step`, `centroids`: of a grid,
+    its step and how far below k steps, in steps, the numbers of cell k = 1, 2, 3 or more are decoded. `outlier_values`,
+    `outlier_index`: see `sparse_index`. `seed`: of a rotation. `column_scales`: of the input dimensions. `outliers`,
+    `coded`: their number and the bytes of entropy-coded codes where the data decide these and the format does not tell.
     """
     if fmt.is_block_type:
         return {"codes": ("U8", (_block_bytes(fmt, shape),))}
@@ -162,9 +167,8 @@ def stored_parts(
     if fmt.scale_format == "dq8":
         parts["scale_offset"] = ("F32", (1,))
         parts["scale_absmax"] = ("F32", (-(-prod(scale_shape(fmt, shape)) // DOUBLE_BLOCK),))
-    if fmt.is_codebook:
-        of_rows = ("F16", (matrix_shape(shape)[0], fmt.codes))
-        parts["codebook"] = of_rows if fmt.has_row_codebooks else ("F32", (fmt.table_size,))
+    if fmt.is_codebook or fmt.is_vector_grid:
+        parts["codebook"] = _codebook(fmt, matrix_shape(shape)[0])
     if fmt.is_grid:
         parts |= {"step": ("F32", (1,)), "centroids": ("F16", (CENTROIDS,))}
     if fmt.has_column_scales:
@@ -180,6 +184,13 @@ def stored_parts(
     return {"codes": ("U8", (_codes_bytes(fmt, shape, parts, coded),))} | parts
 
 
+def _codebook(fmt: TensorFormat, rows: int) -> tuple[str, tuple[int, ...]]:
+    """Of the part `codebook`."""
+    if fmt.is_vector_grid:
+        return "F16", (fmt.codes, fmt.vector)
+    return ("F16", (rows, fmt.codes)) if fmt.has_row_codebooks else ("F32", (fmt.table_size,))
+
+
 def _codes_bytes(
     fmt: TensorFormat, shape: tuple[int, ...], others: Mapping[str, tuple[str, tuple[int, ...]]], found: int | None
 ) -> int:
@@ -189,7 +200,7 @@ def _codes_bytes(
         least = max(math.floor(fmt.element_bits * LEAST_SHARE * prod(shape) / 8), LEAST_CODED)
         return max(math.floor(fmt.bits * prod(shape) / 8) - taken, least)
     if fmt.entropy_code is None:
-        return packed_bytes(fmt.codes, prod(shape))
+        return packed_bytes(fmt.codes, code_count(fmt, prod(shape)))
     known = found if fmt.coded_bytes is None else fmt.coded_bytes
     if known is None:
         raise InvalidFormat(

@@ -27,7 +27,7 @@ from core.allocation.sizes import Formats, Sizes
 from core.allocation.space import Space, build_space
 from core.allocation.uniform import uniform
 from core.errors import BitmillError, InfeasibleTarget
-from core.evaluation.divergence import evaluate as compare
+from core.evaluation.by_blocks import Side, evaluate_checkpoints
 from core.exports.layout import KEEP
 from core.exports.report import rounded
 from core.ids import derived_seed
@@ -37,7 +37,7 @@ from core.pipeline.assemble import open_files
 from core.pipeline.calibrate import COVARIANCE_FILE, FISHER_FILE
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import open_checkpoint
-from core.pipeline.forward import listening, network_of, resolve_device, windows_of
+from core.pipeline.forward import dtype_on, listening, network_of, resolve_device, windows_of
 from core.pipeline.plan_file import PLAN_FILE, Plan, PlannedTensor
 from core.pipeline.sensitivities import Sensitivities
 from core.recipe.allocation import AllocationSpec
@@ -291,7 +291,6 @@ class _Measured:
         spec = job.calibration
         spec = spec | {"sequences": min(spec["sequences"], _MEASURED_SEQUENCES)}
         self._windows = windows_of(job.source, spec, "calibration")
-        self._reference = network_of(job.source, job.ctx.device)
 
     def kl(self, formats: Formats, stored: float) -> float:
         """Nats per token of a choice that is stored in that many bits per parameter."""
@@ -304,8 +303,15 @@ class _Measured:
         low = 0.5 + 0.5 * number / (number + 2)
         part = job.ctx.within(low, 0.5 + 0.5 * (number + 1) / (number + 3))
         part.check()
-        candidate = network_of(job.source, job.ctx.device, lambda name: self._decoded(name, choice[name]))
-        return compare(self._reference, candidate, self._windows, part.progress).kl_mean
+        return evaluate_checkpoints(
+            Side(job.source),
+            Side(job.source, lambda name: self._decoded(name, choice[name])),
+            self._windows,
+            listening(part),
+            device=job.ctx.device,
+            dtype=dtype_on(job.ctx.device),
+            log=job.ctx.log,
+        ).kl_mean
 
     def _decoded(self, name: str, text: str) -> torch.Tensor:
         job = self._job

@@ -5,8 +5,8 @@ of each matrix); absent means Fisher information alone. Files: fisher.safetensor
 Values: {text, text_sha256, sequences, sequence_length, tokens_available, seed}; with Fisher information {positions,
 estimator, halves_bits, tensors: {name: {sum, mean, elements}}, not_reached: {name: reason}}; with covariance
 {covariance: {tensors: {name: {tokens, inputs, key}}, not_reached: {name: reason}}}. Depends on the checkpoint, the text
-and the seed, never on the target, so that every recipe for one checkpoint that asks for the same shares it. Memory: the
-network for Fisher information; a block of it for covariance.
+and the seed, never on the target, so that every recipe for one checkpoint that asks for the same shares it. Memory: a
+block of the network and its activations; what Fisher information needs of other blocks lies in scratch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.errors import UserError
 from core.evaluation.text import Windows
 from core.jobs.steps import StepOutput, StepRequest, StoredFile
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import open_checkpoint
-from core.pipeline.forward import listening, network_of, resolve_device, windows_of
+from core.pipeline.forward import dtype_on, listening, resolve_device, windows_of
 from core.sensitivity.covariance import Covariances
-from core.sensitivity.fisher import describe, estimate_fisher
+from core.sensitivity.fisher import describe, fisher_of_checkpoint
 from core.sensitivity.inputs import gather_covariances
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import LocalFile
@@ -69,15 +67,23 @@ def _fresh(ctx: StepContext, name: str) -> Path:
 
 
 def _fisher(source: CheckpointIndex, windows: Windows, path: Path, seed: int, ctx: StepContext) -> dict[str, Any]:
-    ctx.progress(0.0, "loading the model")
-    network = network_of(source, resolve_device(ctx.device))
-    estimate = estimate_fisher(network, windows, seed=seed, progress=listening(ctx.within(0.05, 0.98)))
+    ctx.progress(0.0, "reading the model")
+    device = resolve_device(ctx.device)
+    estimate = fisher_of_checkpoint(
+        source,
+        windows,
+        device=device,
+        dtype=dtype_on(device),
+        seed=seed,
+        progress=listening(ctx.within(0, 0.98)),
+        folder=ctx.scratch,
+        log=ctx.log,
+    )
     estimate.save(path)
     return describe(estimate)
 
 
 def _covariance(source: CheckpointIndex, windows: Windows, path: Path, ctx: StepContext) -> dict[str, Any]:
     device, progress = resolve_device(ctx.device), listening(ctx.within(0, 0.98))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    gather_covariances(source, windows, path, device=device, dtype=dtype, progress=progress)
+    gather_covariances(source, windows, path, device=device, dtype=dtype_on(device), progress=progress)
     return Covariances.from_index(CheckpointIndex.from_files({path.name: LocalFile(path)})).describe()

@@ -1,5 +1,6 @@
 """Step evaluate: the assembled files, decoded as a user would decode them, against the reference model.
 
+Memory: a block of the network at a time, and at the end both heads with the logits of one batch.
 Values: {metrics: {kl_mean, kl_stderr, kl_median, kl_p99, top1_agreement, perplexity, reference_perplexity, sequences,
 tokens, sequence_length, text_sha256, per_sequence}}; KL in nats per token.
 """
@@ -9,14 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from core.evaluation.divergence import evaluate as compare
+from core.evaluation.by_blocks import Side, evaluate_checkpoints
 from core.exports.artefact import Artefact
 from core.exports.report import rounded
 from core.jobs.steps import StepOutput, StepRequest
 from core.pipeline.assemble import open_files
 from core.pipeline.context import StepContext
 from core.pipeline.fetch import open_checkpoint
-from core.pipeline.forward import listening, network_of, resolve_device, windows_of
+from core.pipeline.forward import dtype_on, listening, resolve_device, windows_of
 
 
 def evaluate(request: StepRequest, ctx: StepContext) -> StepOutput:
@@ -27,12 +28,15 @@ def evaluate(request: StepRequest, ctx: StepContext) -> StepOutput:
     artefact = Artefact.open(open_files(ctx, {name: assembled.files[name] for name in weight_files}))
     device = resolve_device(ctx.device)
     windows = windows_of(source, request.params["evaluation"], "evaluation")
-    ctx.progress(0.0, "loading the reference")
-    reference = network_of(source, device)
-    ctx.check()
-    ctx.progress(0.05, "decoding the artefact")
-    candidate = network_of(source, device, artefact.decode)
-    metrics = compare(reference, candidate, windows, listening(ctx.within(0.1, 1)))
+    metrics = evaluate_checkpoints(
+        Side(source),
+        Side(source, artefact.decode),
+        windows,
+        listening(ctx),
+        device=device,
+        dtype=dtype_on(device),
+        log=ctx.log,
+    )
     return StepOutput(values={"metrics": metrics_json(asdict(metrics)) | {"text_sha256": windows.sha256}})
 
 

@@ -1,6 +1,7 @@
 """What a forward pass through a checkpoint needs beside its weights: a device, its text as tokens, an ear.
 
-Used by calibrate, evaluate and allocation towards a KL target. Loads one network at a time per call; nothing is cached.
+Used by calibrate, evaluate and allocation by measured KL. Only allocation `higgs` loads a whole network; nothing is
+cached.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ def resolve_device(name: str) -> str:
 def network_of(
     index: CheckpointIndex, device: str, weights: Callable[[str], torch.Tensor] | None = None
 ) -> torch.nn.Module:
-    """The checkpoint's network in fp32 on a CPU and bf16 on a GPU, with other weights in its place if given."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return load_network(index, device=device, dtype=dtype, weights=weights)
+    """The checkpoint's whole network, with other weights in its place if given."""
+    return load_network(index, device=device, dtype=dtype_on(device), weights=weights)
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """What networks compute in: fp32 on a CPU and bf16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def windows_of(index: CheckpointIndex, spec: dict[str, Any], split: Literal["calibration", "evaluation"]) -> Windows:

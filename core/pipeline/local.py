@@ -15,11 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.clock import monotonic
 from core.errors import GateFailed, InvalidCheckpoint, UserError
-from core.evaluation.divergence import evaluate as compare
+from core.evaluation.by_blocks import Side, evaluate_checkpoints
 from core.exports.artefact import Artefact, inspect_artefact, is_artefact
 from core.exports.bitmill import REPORT, original_name
 from core.exports.dequantise import dequantise_into
@@ -40,7 +38,7 @@ from core.pipeline.context import Progress, StepContext, require_disk, silent
 from core.pipeline.estimate import estimate, required_scratch_bytes
 from core.pipeline.evaluate import metrics_json
 from core.pipeline.fetch import link_roots_of
-from core.pipeline.forward import network_of, resolve_device, windows_of
+from core.pipeline.forward import dtype_on, resolve_device, windows_of
 from core.pipeline.plan_file import read_plan
 from core.pipeline.steps import run_step
 from core.recipe.recipe import Recipe
@@ -143,17 +141,24 @@ def evaluate_folders(
     reference_index, candidate_index = open_folder(reference), open_folder(candidate)
     spec = {"text": text, "sequences": sequences, "sequence_length": sequence_length, "seed": 0}
     windows = windows_of(reference_index, spec, "evaluation")
-    models = _network(reference_index, place), _network(candidate_index, place)
-    metrics = compare(*models, windows, progress or silent)
+    metrics = evaluate_checkpoints(
+        _side(reference_index),
+        _side(candidate_index),
+        windows,
+        progress or silent,
+        device=place,
+        dtype=dtype_on(place),
+        log=lambda _event, _fields: None,
+    )
     return metrics_json(asdict(metrics)) | {"text_sha256": windows.sha256}
 
 
-def _network(index: CheckpointIndex, device: str) -> torch.nn.Module:
-    """The network of a checkpoint, or of an artefact."""
+def _side(index: CheckpointIndex) -> Side:
+    """A checkpoint, or an artefact as one."""
     if not is_artefact(index):
-        return network_of(index, device)
+        return Side(index)
     artefact = Artefact.open(index)
-    return network_of(artefact.as_checkpoint(), device, artefact.decode)
+    return Side(artefact.as_checkpoint(), artefact.decode)
 
 
 def _stamps(index: CheckpointIndex) -> dict[str, tuple[int, int] | None]:

@@ -121,13 +121,14 @@ def _one_after_another(
 def _followed(known: Sensitivity, name: str, found: DriftStatistics | None) -> tuple[Sensitivity, tuple[str, ...]]:
     """Statistics of a tensor with those of the quantised layers before it, where there are any, and what to note."""
     if found is None:
-        return known, () if known.covariance is None else (_BY_REFERENCE,)
+        return known, () if known.covariance is None and known.experts is None else (_BY_REFERENCE,)
     followed = replace(
         known,
         covariance=found.covariance,
         cross=found.cross,
         residual=found.residuals.get(name),
         tokens=found.tokens,
+        transposed=found.transposed,
         missing="",
     )
     return followed, found.notes

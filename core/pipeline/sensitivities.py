@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 
@@ -14,7 +16,7 @@ from core.pipeline.calibrate import COVARIANCE_FILE, FISHER_FILE
 from core.pipeline.context import StepContext
 from core.recipe.rounding import RoundingSpec
 from core.rounding.base import Sensitivity
-from core.sensitivity.covariance import Covariances
+from core.sensitivity.covariance import Covariances, StackedUse
 from core.storage.checkpoint import CheckpointIndex
 from core.tensors.reader import read_tensor
 
@@ -39,25 +41,58 @@ class Sensitivities:
     def of(self, name: str, shape: tuple[int, ...]) -> Sensitivity:
         """Of one tensor; rows that calibration did not reach count alike.
 
-        A matrix that is stored with its inputs as rows, or several in one tensor, has no covariance for its columns.
-        The last matrix is kept: tensors that share an input follow each other.
+        The last matrix is kept: tensors that share an input follow each other. Those of experts in one tensor are read
+        when they are asked for, and not kept.
         """
         key = f"{name}.rows"
         sums = read_tensor(self.fisher, key) if self.fisher is not None and key in self.fisher.tensors else None
         found = Sensitivity.by_rows(sums, matrix_shape(shape)[0])
-        use = self.covariances.uses.get(name) if self.covariances else None
-        if use is None:
-            reasons = self.covariances.reasons if self.covariances else {}
-            return replace(found, missing=reasons.get(name, ""))
-        if use.transposed or len(shape) != 2 or use.inputs != shape[1]:
-            return replace(found, missing="it is stored with its inputs as rows")
+        if self.covariances is None:
+            return found
+        use, stack = self.covariances.uses.get(name), self.covariances.stacked.get(name)
+        if stack is not None and shape == _stacked_shape(stack, shape):
+            return replace(found, experts=_Experts(self.covariances, name), transposed=stack.transposed)
+        if use is None and stack is None:
+            return replace(found, missing=self.covariances.reasons.get(name, ""))
+        if use is None or len(shape) != 2 or use.inputs != shape[0 if use.transposed else 1]:
+            return replace(found, missing="calibration saw it in another shape")
         if use.key not in self._last:
             self._last.clear()
             self._last[use.key] = self._covariance(name)
-        return Sensitivity(found.row_weights, self._last[use.key], use.tokens)
+        return replace(found, covariance=self._last[use.key], tokens=use.tokens, transposed=use.transposed)
 
     def _covariance(self, name: str) -> torch.Tensor:
         inputs = self.covariances.of(name) if self.covariances else None
         if inputs is None:
             raise BitmillError("no covariance in its file", where=name)
         return inputs.covariance
+
+
+class _Experts(Sequence[Sensitivity]):
+    """Of the experts in one tensor, each read when it is asked for."""
+
+    def __init__(self, covariances: Covariances, name: str) -> None:
+        self._covariances, self._name, self._use = covariances, name, covariances.stacked[name]
+
+    def __len__(self) -> int:
+        return len(self._use.tokens)
+
+    @overload
+    def __getitem__(self, at: int) -> Sensitivity: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Sensitivity]: ...
+
+    def __getitem__(self, at: int | slice) -> Sensitivity | list[Sensitivity]:
+        if isinstance(at, slice):
+            return [self[one] for one in range(*at.indices(len(self)))]
+        known = self._covariances.of_expert(self._name, range(len(self))[at])
+        if known is None:
+            return Sensitivity(transposed=self._use.transposed)
+        return Sensitivity(covariance=known.covariance, tokens=known.tokens, transposed=known.transposed)
+
+
+def _stacked_shape(use: StackedUse, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of these experts has, given its outputs."""
+    outputs = shape[-1] if use.transposed else shape[-2] if len(shape) > 1 else 0
+    return (len(use.tokens), *((use.inputs, outputs) if use.transposed else (outputs, use.inputs)))

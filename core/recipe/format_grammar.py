@@ -123,7 +123,7 @@ def _no_option(option: str, text: str) -> InvalidFormat:
 
 
 def _example(family: str) -> str:
-    forms = {"t": "t5_4", "float": "float4_e2m1", "power": "power0.7_4", "grid": "grid3.0"}
+    forms = {"t": "t5_4", "float": "float4_e2m1", "power": "power0.7_4", "grid": "grid3.0", "higgs": "higgs3-p2"}
     return f"for instance {forms.get(family, f'{family}4')}"
 
 

@@ -9,7 +9,8 @@ from core.formats.block_types import BLOCK_TYPES
 ROOT_DENSITIES = ("normal", "laplace", "t")
 CODEBOOKS = (*ROOT_DENSITIES, "nf", "sf", "af", "bof", "lloyd", "power")
 GRID_FAMILY = "grid"
-FAMILIES = ("int", "float", *CODEBOOKS, GRID_FAMILY)
+VECTOR_FAMILY = "higgs"
+FAMILIES = ("int", "float", *CODEBOOKS, GRID_FAMILY, VECTOR_FAMILY)
 BLOCK_FAMILY = "block"
 BLOCK_NAMES = tuple(BLOCK_TYPES)
 
@@ -27,6 +28,7 @@ OPTIONS = (*OUTLIER_RULES, *ROTATIONS, "unbiased", COLUMN_SCALES, *ENTROPY_CODES
 
 MAX_BITS = 16
 MAX_GRID_BITS = 10  # more would need more symbols than a model may have
+VECTOR_MODES = ("p1", "p2", "p3", "p4", "p5", "p6")  # how many weights share a code
 
 # What stands for a format of the grammar: the value set of a block type of the same name, in our own layout.
 ALIASES = {

@@ -24,6 +24,8 @@ from core.recipe.format_names import (
     SCALE_BITS,
     SCALE_FORMATS,
     STATISTICS,
+    VECTOR_FAMILY,
+    VECTOR_MODES,
     found_by,
     number_text,
     split_option,
@@ -41,6 +43,7 @@ _MODES = {
     "lloyd": ("", "weighted", "rows"),
     "power": ("", "power"),
     GRID_FAMILY: ("",),
+    VECTOR_FAMILY: VECTOR_MODES,
 }
 _SPELLINGS = {("bof", "mse"): "", ("bof", "s-mse"): "s"}
 _SF_MODE = re.compile(rf"nu({NUMBER})")
@@ -56,6 +59,9 @@ _MOST_CODED = 4096
 _LEAST_GRID_BITS = 0.1
 _GRID_STATISTICS = ("rms", "absmax")
 _ROW_SCALES = ("bf16", "fp16", "fp32", "e8m0")
+_VECTOR_SCALES = ("fp16", "bf16", "fp32")
+_MOST_POINTS = 4096  # of up to 6 numbers in fp16: tables of 48 KiB
+_MOST_LEVELS = 1024  # likewise where vectors have one number
 
 
 def require_names(fmt: TensorFormat) -> None:
@@ -84,12 +90,13 @@ def completed(fmt: TensorFormat) -> dict[str, Any]:
     if found := _SF_MODE.fullmatch(mode):
         mode = "" if float(found[1]) == 5 else f"nu{number_text(float(found[1]))}"
     signed = fmt.family == "bof" and mode.startswith("s")
-    statistic = fmt.statistic or ("signmax" if signed else "rms" if fmt.is_grid else "absmax")
+    has_rms = fmt.is_grid or fmt.is_vector_grid
+    statistic = fmt.statistic or ("signmax" if signed else "rms" if has_rms else "absmax")
     statistic = "signmax-search" if signed and statistic == "search" else statistic
     is_odd_integer = fmt.family == "int" and fmt.codes % 2 == 1 and mode == "asym"
     if not mode or is_odd_integer:
         mode = _default_mode(fmt.family, fmt.codes, statistic)
-    scale_format = _scale_format(fmt, mode, fmt.scale_format or "bf16")
+    scale_format = _scale_format(fmt, mode, fmt.scale_format or ("fp16" if fmt.is_vector_grid else "bf16"))
     return {"mode": mode, "statistic": statistic, "scale_format": scale_format, "options": _options(fmt)}
 
 
@@ -126,13 +133,17 @@ def check(fmt: TensorFormat) -> None:
     _check_double(fmt)
     _check_options(fmt)
     _check_code(fmt)
+    if fmt.is_vector_grid:
+        _check_vectors(fmt)
 
 
 def _options(fmt: TensorFormat) -> tuple[str, ...]:
     """Options in canonical spelling and order."""
     named = []
     is_bare_grid = fmt.is_grid and fmt.entropy_code is None
-    for option in (*fmt.options, *ENTROPY_CODES[:1] * is_bare_grid):
+    is_unturned = fmt.is_vector_grid and fmt.rotation is None
+    implied = (*ENTROPY_CODES[:1] * is_bare_grid, *ROTATIONS[:1] * is_unturned)
+    for option in (*fmt.options, *implied):
         (name, value), count = split_option(option), found_by(option)
         text = name if value is None else f"{name}{number_text(value)}"
         named.append((OPTIONS.index(name), text if count is None else f"{text}x{count}"))
@@ -178,6 +189,8 @@ def _check_float(fmt: TensorFormat) -> None:
 
 
 def _default_mode(family: str, codes: int, statistic: str) -> str:
+    if family == VECTOR_FAMILY:
+        return "p2"
     if family == "int":
         return "sym" if codes % 2 else "asym"
     if family not in ROOT_DENSITIES or (statistic in _SIGNED and codes % 2 == 0):
@@ -301,6 +314,20 @@ def _check_code(fmt: TensorFormat) -> None:
         raise InvalidFormat(f"a grid's step is solved for its rate, {fmt.statistic} does not apply", hint="rms, absmax")
     if fmt.coded_bytes is not None:
         raise InvalidFormat("the bytes of a grid follow from its bits", hint=f"+{fmt.entropy_code}")
+
+
+def _check_vectors(fmt: TensorFormat) -> None:
+    """Points for independent Normal weights of a known RMS, in codes of a fixed length."""
+    most = _MOST_LEVELS if fmt.vector == 1 else _MOST_POINTS
+    if fmt.codes > most:
+        widest = math.floor(100 * math.log2(most) / fmt.vector) / 100
+        raise InvalidFormat(f"a grid of {fmt.codes} points", hint=f"{widest:g} bits at most for {fmt.mode}")
+    if fmt.statistic != "rms":
+        raise InvalidFormat(f"grids of vectors are made for weights of a known RMS, not {fmt.statistic}", hint="rms")
+    if fmt.scale_format not in _VECTOR_SCALES:
+        raise InvalidFormat(f"grids of vectors with {fmt.scale_format} scales", hint=" or ".join(_VECTOR_SCALES))
+    if fmt.entropy_code is not None:
+        raise InvalidFormat("codes of vectors have a fixed length", hint="grid3@tensor, which errs less anyway")
 
 
 def _check_options(fmt: TensorFormat) -> None:

@@ -141,6 +141,8 @@ class RoundingSpec(NamedPart):
 
 def _refusal(name: str, fmt: TensorFormat) -> tuple[str, str] | None:
     """Why a method cannot use a format, and what works."""
+    if fmt.is_vector_grid and name != "nearest":
+        return "rounds weights one by one, where several share a code", "int4@128, t5_4@64:signmax, or nearest"
     if name in ("nearest", "squeezellm"):
         return None
     if name == "watersic":

@@ -13,7 +13,8 @@
 
 `grid3` is a uniform grid whose codes are entropy coded (by rans where nothing is said) and whose step is solved so that
 all that is stored takes 3 bits per weight. `t_4`, `float4` and `power4` leave a parameter open (nu, exponent bits,
-exponent), `lloyd4` its whole codebook: that is fitted to each tensor, `lloyd4-rows` a codebook to each row. A
+exponent), `lloyd4` its whole codebook: that is fitted to each tensor, `lloyd4-rows` a codebook to each row.
+`higgs3-p2` is a grid of vectors: two weights share a code, the number of one of 2^6 points, after a rotation. A
 `TensorFormat` that exists can be encoded: impossible combinations are refused when it is made
 (`core.recipe.format_rules`), with the reason and the nearest format that works. Every format has one canonical text,
 and `parse(str(f)) == f`. Values and codes: `core.formats`; bytes: `core.tensors`.
@@ -41,6 +42,8 @@ from core.recipe.format_names import (
     ROTATIONS,
     SCALE_FORMATS,
     STATISTICS,
+    VECTOR_FAMILY,
+    VECTOR_MODES,
     found_by,
     number_text,
     split_option,
@@ -57,6 +60,7 @@ __all__ = [
     "ROOT_DENSITIES",
     "SCALE_FORMATS",
     "STATISTICS",
+    "VECTOR_FAMILY",
     "TensorFormat",
     "number_text",
     "parse",
@@ -68,7 +72,7 @@ class TensorFormat:
     """Element format + granularity + statistic + scale format + options.
 
     `bits`: log2 of the number of codes, may be fractional: `codes = round(2**bits)`; of a grid, all bits that a weight
-    is stored in. `mode`: "" asks for the family's
+    is stored in; of a grid of vectors log2 of the number of points for each weight. `mode`: "" asks for the family's
     default, which then stands here: int asym, root-density codebooks asym under absmax and sym under rms, sym for an
     odd number of codes (optimal formats, section 3, rule 7), none ("") under signmax and for the other families. `nu`:
     degrees of freedom of t, None when fitted. `alpha`: exponent of power, None when fitted. `exponent_bits`,
@@ -99,14 +103,14 @@ class TensorFormat:
     @property
     def codes(self) -> int:
         """The number of code points."""
-        return round(2**self.bits)
+        return round(2 ** (self.bits * self.vector))
 
     @property
     def element_bits(self) -> float:
         """log2 of the number of codes; of a block type, its stored bits; of a grid, those that its scales leave."""
         if self.is_grid:
             return self.bits - format_rules.scale_share(self)
-        return self.bits if self.is_block_type else math.log2(self.codes)
+        return self.bits if self.is_block_type else math.log2(self.codes) / self.vector
 
     @property
     def bits_label(self) -> str:
@@ -132,6 +136,16 @@ class TensorFormat:
     def is_grid(self) -> bool:
         """Whether values are all multiples of a step, and `bits` the rate that is stored."""
         return self.family == GRID_FAMILY
+
+    @property
+    def is_vector_grid(self) -> bool:
+        """Whether several weights share a code, that of a point for all of them."""
+        return self.family == VECTOR_FAMILY
+
+    @property
+    def vector(self) -> int:
+        """How many weights share a code."""
+        return VECTOR_MODES.index(self.mode) + 1 if self.is_vector_grid and self.mode in VECTOR_MODES else 1
 
     @property
     def entropy_code(self) -> str | None:
@@ -288,13 +302,16 @@ class TensorFormat:
         Integers of 2 to 8 bits for int (3 for mx), every mantissa from 0 up to 8 bits for float. Codebooks: 2 (3 under
         absmax, where clipped block maxima make 2 bits useless, but of rows) to 8 bits in steps of about a half below 7;
         the half steps have 3 * 2^k codes, an even number (odd ones lose the zero code or waste one) that packs with
-        little loss. Grids: 1 to 8 bits in half steps, between which all rates exist. A block type has its own.
+        little loss. Grids: 1 to 8 bits in half steps, between which all rates exist. Grids of vectors: 2 to 8 bits
+        with 2^k points. A block type has its own.
         """
         if self.is_block_type or self.statistic == "fouroversix":
             return (self.bits,)
         if self.is_grid:
             least = format_rules.least_grid_bits(self)
             return tuple(half / 2 for half in range(2, 17) if half / 2 >= least) or (self.bits,)
+        if self.is_vector_grid:
+            return tuple(_point_bits(k, self.vector) for k in range(2 * self.vector, 13) if k <= 8 * self.vector)
         if self.family == "int":
             return tuple(float(bits) for bits in range(3 if self.mode == "mx" else 2, 9))
         if self.family == "float":
@@ -326,3 +343,11 @@ def parse(text: str) -> TensorFormat:
 def _half_step(bits: int) -> float:
     """The bits, to two decimals, of 3 * 2**(bits - 1) codes."""
     return round(math.log2(3 << (bits - 1)), 2)
+
+
+def _point_bits(exponent: int, vector: int) -> float:
+    """Bits of each of `vector` weights that share one of 2**exponent points, to two decimals or as many as it takes."""
+    decimals = 2
+    while round(2 ** ((bits := round(exponent / vector, decimals)) * vector)) != 1 << exponent:
+        decimals += 1
+    return bits

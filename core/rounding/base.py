@@ -1,11 +1,16 @@
 """The door of rounding: a tensor, a format and a method go in, codes come out.
 
 Methods are a closed set, one file each: `round(weight, format, sensitivity, params) -> EncodedTensor`.
+
+On a GPU `gptq` in formats with fixed scales runs where the weight is: factors and products in torch, columns by the
+kernels of `core.rounding.gpu_successive`; only a search over several paths has a loop for CPUs alone, and takes its
+targets there. Grids (`gptq`, `watersic`), whose step is searched by an entropy coder on the CPU, coordinate descent
+(`error_diffusion`, `power_learned`), and tensors that are not one layer's matrix go to the CPU and back as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +19,7 @@ from core.errors import InvalidCheckpoint, InvalidFormat
 from core.formats.stored import matrix_shape
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding import error_diffusion, gptq, nearest, power_learned, signround, squeezellm, watersic
+from core.rounding import error_diffusion, gptq, nearest, power_learned, signround, squeezellm, stacked, watersic
 from core.tensors.encoded import EncodedTensor
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
@@ -28,6 +33,9 @@ class Sensitivity:
     inputs, fp64 (in, in), over `tokens` of them (None: as good as exact). `cross`: E[x h^T] of the inputs x in the
     reference model, where h are those in a partly quantised one; None where both are the same. `residual`: E[r h^T], r
     (out,) being what else the output should make up for; None for nothing. `missing`: why there is no covariance.
+    `transposed`: the tensor's rows are the inputs, its columns the outputs. `experts`: of each expert in a tensor
+    (experts, rows, columns), which itself has `row_weights` alone; no covariance for one that no token reached.
+    `row_weights` are always those of the tensor's own rows.
     """
 
     row_weights: torch.Tensor | None = None
@@ -36,6 +44,8 @@ class Sensitivity:
     cross: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     missing: str = ""
+    transposed: bool = False
+    experts: Sequence[Sensitivity] | None = None
 
     @classmethod
     def by_rows(cls, sums: torch.Tensor | None, rows: int) -> Sensitivity:
@@ -55,6 +65,21 @@ class Sensitivity:
 
         cross, residual = over(self.cross, covariance), over(self.residual, covariance * weight)
         return replace(self, covariance=over(self.covariance, covariance), cross=cross, residual=residual)
+
+    def on(self, device: torch.device) -> Sensitivity:
+        """With the statistics of the inputs on a device."""
+
+        def moved(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.to(device)
+
+        return replace(self, covariance=moved(self.covariance), cross=moved(self.cross), residual=moved(self.residual))
+
+    def check_tensor(self, shape: tuple[int, ...]) -> None:
+        """What `check` does, for a tensor that need not be a matrix (out, in); experts are checked when read."""
+        rows, columns = matrix_shape(shape)
+        if self.experts is not None and (len(shape) != 3 or shape[0] != len(self.experts)):
+            raise InvalidFormat(f"statistics of {len(self.experts)} experts for a tensor of {list(shape)}")
+        self.check(*((columns, rows) if self.transposed else (rows, columns)))
 
     def check(self, rows: int, columns: int) -> None:
         """InvalidFormat for statistics of another matrix than (rows, columns), InvalidCheckpoint for NaN in them."""
@@ -76,7 +101,7 @@ class Sensitivity:
         return replace(self, covariance=both(self.covariance), cross=both(self.cross), residual=residual)
 
 
-_COMPILED = ("gptq", "watersic", "error_diffusion", "power_learned")  # loops over columns, for the CPU
+_COMPILED = ("gptq", "watersic", "error_diffusion", "power_learned")  # loops over columns, compiled for the CPU
 _LIKE_NEAREST = ("gptq", "error_diffusion", "squeezellm")  # where inputs are independent and alike, but on grids
 Method = Callable[[torch.Tensor, TensorFormat, Sensitivity, RoundingSpec, int], EncodedTensor]
 _METHODS: dict[str, Method] = {
@@ -99,10 +124,17 @@ def round_tensor(
     takes all inputs for equal and independent, which its notes say.
     """
     given, fmt = sensitivity or Sensitivity(), spec.stored_format(fmt)
-    given.check(*matrix_shape(tuple(weight.shape)))
+    given.check_tensor(tuple(weight.shape))
     if weight.device.type != "cpu" and spec.name in _COMPILED:
-        encoded = round_tensor(weight.cpu(), fmt, spec, sensitivity=given, seed=seed)
-        return replace(encoded, stored={name: part.to(weight.device) for name, part in encoded.stored.items()})
+        if not _runs_on_gpu(fmt, spec, given):
+            encoded = round_tensor(weight.cpu(), fmt, spec, sensitivity=given, seed=seed)
+            return replace(encoded, stored={name: part.to(weight.device) for name, part in encoded.stored.items()})
+        given = given.on(weight.device)
+    if spec.needs_covariance and (given.experts is not None or (given.transposed and given.covariance is not None)):
+        parts = stacked.round_parts(weight, fmt, given, spec, seed, _METHODS[spec.name])
+        if isinstance(parts, EncodedTensor):
+            return parts
+        given = Sensitivity(given.row_weights, missing=parts)
     if not spec.needs_covariance or given.covariance is not None:
         return _METHODS[spec.name](weight, fmt, given, spec, seed)
     if spec.name in _LIKE_NEAREST and not fmt.is_grid:
@@ -113,3 +145,8 @@ def round_tensor(
         encoded = _METHODS[spec.name](weight, fmt, plain, spec.for_plain_inputs, seed)
     why = f" ({given.missing})" if given.missing else ""
     return encoded.with_notes((f"no statistics of its inputs{why}: all of them count alike",))
+
+
+def _runs_on_gpu(fmt: TensorFormat, spec: RoundingSpec, given: Sensitivity) -> bool:
+    """Whether a method with compiled loops has none, but for several paths, that only a CPU can run."""
+    return spec.name == "gptq" and not fmt.is_grid and not given.transposed and given.experts is None

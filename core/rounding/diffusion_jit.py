@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from core.rounding.levels import QUOTIENTS, ROUNDED
 from core.tensors.kernels.cpu_jit import Doubles, Floats, Ints, compiled, inlined
 
+_FEW = 16  # limits that are all compared with faster than they are searched
 Longs = NDArray[np.int64]
 Rule = tuple[Floats, Doubles, NDArray[np.bool_], int, int]
 
@@ -43,6 +44,30 @@ def place_of(number: float, scale: float, rule: Rule) -> Any:
         else:
             high = middle
     return np.int32(low)
+
+
+@inlined
+def places_of(numbers: Doubles, scales: Floats, rule: Rule, turned: Doubles, found: Ints) -> None:
+    """`place_of` of numbers (rows,) that have a scale each, to `found`; `turned` (rows,) is room to work in."""
+    _, limits, upper_on_tie, kind, zero = rule
+    if limits.size > _FEW:
+        for row in range(found.size):
+            found[row] = place_of(numbers[row], scales[row], rule)
+        return
+    for row in range(found.size):
+        number = numbers[row] if scales[row] > 0.0 else -numbers[row]
+        if kind == QUOTIENTS:
+            number = np.float64(np.float32(number) / abs(scales[row]))
+        turned[row], found[row] = number, 0
+    for k in range(limits.size):
+        for row in range(found.size):
+            limit = limits[k] if kind == QUOTIENTS else limits[k] * abs(np.float64(scales[row]))
+            if kind == ROUNDED:
+                limit = np.float64(np.float32(limit))
+            found[row] += np.int32((turned[row] > limit) | ((turned[row] == limit) & upper_on_tie[k]))
+    for row in range(found.size):
+        if scales[row] == 0.0:
+            found[row] = zero
 
 
 @compiled
@@ -71,13 +96,12 @@ def spread_block(
     Arrays are transposed, (places, rows), and so are `scales` (blocks, rows); `blocks` (places,): the block of each. An
     error is the weight less what it is decoded as: `errors` (high - low, rows).
     """
-    values = rule[0]
+    values, turned = rule[0], np.empty(wanted.shape[1])
     for t in range(low, high):
-        scale, here = scales[blocks[t]], errors[t - low]
+        scale, here, found = scales[blocks[t]], errors[t - low], indices[t]
+        places_of(wanted[t], scale, rule, turned, found)
         for row in range(wanted.shape[1]):
-            found = place_of(wanted[t, row], scale[row], rule)
-            indices[t, row] = found
-            here[row] = weights[t, row] - np.float64(np.float32(values[found] * scale[row]))
+            here[row] = weights[t, row] - np.float64(np.float32(values[found[row]] * scale[row]))
         for s in range(t + 1, high):
             ratio, into = ratios[t, s], wanted[s]
             for row in range(wanted.shape[1]):

@@ -50,13 +50,19 @@ def round_tensor(
     format without fixed table and scales, or for statistics of other inputs; InvalidCheckpoint without statistics.
     """
     frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
+    indices, notes = frame_codes(frame, sensitivity, spec)
+    return kept_nearest(weight, frame, sensitivity, seed, notes) if indices is None else frame.encoded(indices)
+
+
+def frame_codes(
+    frame: Frame, sensitivity: Sensitivity, spec: RoundingSpec
+) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """Indices int32 (rows, columns) of a frame that is given, or None and why they are the nearest ones."""
     cost, tokens = OutputCost.of(sensitivity, frame), sensitivity.tokens
-    is_short = tokens is not None and tokens < LEAST_TOKENS
-    found = None if is_short else _diffused(frame, cost, spec.filled.refine or 0)
-    if found is not None:
-        return frame.encoded(found)
-    note = f"rounded to nearest: fewer than {LEAST_TOKENS} tokens" if is_short else NEAREST_KEPT
-    return kept_nearest(weight, frame, sensitivity, seed, (note,))
+    if tokens is not None and tokens < LEAST_TOKENS:
+        return None, (f"rounded to nearest: fewer than {LEAST_TOKENS} tokens",)
+    found = _diffused(frame, cost, spec.filled.refine or 0)
+    return found, () if found is not None else (NEAREST_KEPT,)
 
 
 def _diffused(frame: Frame, cost: OutputCost, passes: int) -> torch.Tensor | None:

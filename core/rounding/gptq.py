@@ -16,7 +16,8 @@ import torch
 from core.formats.stored import CENTROIDS, stored_parts
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.grids import GridLayer, GridRounding, GridSettings
+from core.rounding.grid_layer import GridLayer
+from core.rounding.grids import GridRounding, GridSettings
 from core.rounding.levels import Levels
 from core.rounding.objective import Objective, tiles
 from core.rounding.successive import Scales, best_indices, spread
@@ -38,38 +39,46 @@ def round_tensor(
     if fmt.is_grid:
         return _on_grid(weight, fmt, sensitivity, chosen, seed)
     frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
-    columns = "reversed" if chosen.columns == "natural" else chosen.columns or "reversed"
+    indices, notes = frame_codes(frame, sensitivity, chosen)
+    return frame.encoded(indices).with_notes(notes)
+
+
+def frame_codes(frame: Frame, sensitivity: Sensitivity, spec: RoundingSpec) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Indices int32 (rows, columns) of a frame that is given, and what to note."""
+    chosen = spec.filled
     objective = Objective.of(
         sensitivity.turned(frame.turned, frame.turned_outputs),
-        columns=columns,
+        columns="reversed" if chosen.columns in (None, "natural") else chosen.columns,
         damping=chosen.damping or 0.0,
         diagonal=chosen.diagonal,
     )
-    indices = frame_indices(frame, objective, chosen.paths or 1)
-    return frame.encoded(indices).with_notes(objective.notes)
+    return frame_indices(frame, objective, chosen.paths or 1), objective.notes
 
 
 def frame_indices(frame: Frame, objective: Objective, paths: int = 1) -> torch.Tensor:
     """Indices int32 (rows, columns) into the frame's table; inputs that are always zero take the nearest value."""
+    from core.tensors.entropy.tables_jit import transpose
+
     levels, (rows, columns) = Levels.of(frame), frame.matrix.shape
     indices = np.empty((rows, columns), np.int32)
     ratios = (objective.factor / objective.units).flip(0, 1)  # what the error of a place is worth to an earlier one
     for first, last in tiles(rows, columns):
         here, weight = levels.rows(first, last), objective.rows(frame.matrix, first, last)
+        turned = np.empty((columns, last - first), np.int32)
         if len(objective.dead):
-            indices[first:last] = here.nearest(frame.matrix[first:last].double())
+            dead = objective.dead.cpu().numpy()
+            turned[dead] = here.nearest(frame.matrix[first:last].cpu().double()).T[dead]
         if paths == 1:
             wanted = objective.optimum(weight, first).flip(1).T.contiguous()
             places = objective.order.flip(0)
             found = spread(wanted.clone(), wanted, ratios, here.ordered(places))
         else:
             targets = objective.targets(weight, first)
-            places, found = (
-                objective.order,
-                best_indices(targets, objective.factor, here.ordered(objective.order), paths),
-            )
-        indices[first:last, places.numpy()] = found.T
-    return torch.from_numpy(indices)
+            places = objective.order
+            found = best_indices(targets, objective.factor, here.ordered(places), paths)
+        turned[places.cpu().numpy()] = found
+        transpose(turned, indices[first:last])
+    return torch.from_numpy(indices).to(frame.matrix.device)
 
 
 def _on_grid(
@@ -86,7 +95,8 @@ def _on_grid(
     parts = {"codes": as_part(found.data, room), **stored}
     step = torch.from_numpy(found.values[:1].copy()).float() if objective.inputs else torch.ones(1)
     parts |= {"step": step, "centroids": torch.zeros(CENTROIDS).half()}
-    return layer.or_nearest(weight, EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts))
+    encoded = EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts)
+    return layer.or_nearest(weight, encoded, layer.cost(encoded))
 
 
 def _grid_scales(factors: torch.Tensor, width: int, matrix: torch.Tensor, order: torch.Tensor) -> Scales:

@@ -9,41 +9,40 @@ numbers of a row are searched together, at a price of 2 ln 2 D / 2 for each bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from core.formats.stored import matrix_shape
-from core.recipe.rounding import RoundingSpec
-from core.rounding.descent import NEAREST_KEPT
 from core.rounding.limit import SHAPE_GAP, distortion_at, water_level
 from core.rounding.objective import Objective, tiles
 from core.rounding.successive import Doubles, Integers, Numbers, Scales, Search, best_numbers, round_to_steps
-from core.tensors.coded import HEAD_BYTES, coded_bytes, shortest_form
+from core.tensors.coded import COLUMNS, FORMS, HEAD_BYTES, ROWS, coded_bytes
 from core.tensors.column_scales import stored_values
-from core.tensors.encoded import EncodedTensor
 from core.tensors.entropy.loops_jit import Bytes
 from core.tensors.grid import MOST
-from core.tensors.nearest import encode_nearest
-from core.tensors.passes import require_finite
 
-if TYPE_CHECKING:
-    from core.rounding.base import Sensitivity
-
-_SAMPLED_ROWS = 512
-_SAMPLE_ROUNDS, _ROUNDS = 6, 8
-_CLOSE = 0.002  # bits of a sample's rate
+_SAMPLED_ROWS = 512  # that gains are found by
+_PROBED_ROWS = 128  # of these, by which the step is searched
+_PROBES, _ROUNDS = 6, 8
+_NEAR = 0.05  # bits of a probe's rate from which a straight line leads on
+_CHOICE = 1.1  # bits that the choice of a class seems to save for a line of numbers: the fewer, the more it is
+_SAME_GAINS = 0.05  # of log2 of a step, within which gains hold
+_ALIKE = 1.01  # of estimated sizes of forms of a code, which do not tell which is the shortest
 _ALLOWED = 0.001  # bits per weight that may be left over
 _LEAST_ALLOWED = 8  # bytes, likewise
+_SINGLE = 2.0**12  # cells of the largest target, up to which roundings of fp32 move next to no number
 _SIDE = (1000, 5, 0.001)  # bits that classes take: about so many, for each column, and for each weight
 _PRICE = math.log(2)  # half of what a bit is worth, 2 ln 2 D: the best of those tried (1/4, 1/2, 3/4, 1)
 _LEAST_STD = 0.05
 _SPREAD = 2.0**14  # of steps, which scales of a byte can tell apart
-_FARTHEST = 120  # of exponents, whose inverse fp32 holds
+_SMALL = 127  # magnitude that a byte holds
 _MOST_BITS = 16.0  # of a number, however much room few weights have
+
+Small = NDArray[np.int8] | NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -64,40 +63,63 @@ class GridSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """`numbers` int32 (rows, columns) of W, `values` fp64 (places,): what a number 1 stands for; `data`: their code."""
+    """`numbers` (places, rows); `values` fp64 (places,): what a number 1 stands for; `data`: the code, in a `form`."""
 
-    numbers: Integers
+    numbers: Small
     values: Doubles
-    step: float
     data: Bytes
+    form: int | None
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What one path finds at a step: `numbers` (places, rows) of some rows, their standard deviations, `spreads`, and
+    `gains`, by which places shrink.
+    """
+
+    step: float
+    numbers: Integers
+    spreads: Doubles
+    gains: Doubles
 
 
 @dataclass(frozen=True)
 class GridRounding:
-    """One weight, fp32 (rows, columns), whose numbers are searched for; `scales` of its blocks, places in order."""
+    """One weight, fp32 (rows, columns), whose numbers are searched for; `scales` of its blocks, places in order.
+
+    `precision`: of its targets. `known`: Y^T (places, rows), where it is known already.
+    """
 
     weight: torch.Tensor
     objective: Objective
     scales: Scales
     settings: GridSettings
     seed: int
+    precision: torch.dtype = torch.float32
+    known: torch.Tensor | None = None
 
     def solved(self, room: int) -> Found:
         """The finest grid whose code, with its head, takes at most `room` bytes."""
         if not self.weight.numel() or not self.objective.inputs or not self._power.any():
-            return self._coded(np.zeros((self.objective.inputs, len(self.weight))), np.ones(self.objective.inputs), 1.0)
+            nothing = np.zeros((self.objective.inputs, len(self.weight)), np.int32)
+            return self._coded(nothing, np.ones(self.objective.inputs), FORMS)
         rows, columns = self.weight.shape
         elements, allowed = rows * columns, max(_LEAST_ALLOWED, int(_ALLOWED * rows * columns / 8))
         side = _SIDE[0] + _SIDE[1] * columns + _SIDE[2] * elements + 4 * allowed
         rate = min(max(8 * (room - HEAD_BYTES) - side, 0.0) / elements, _MOST_BITS)
         live = max(self.objective.inputs / max(columns, 1), 1e-9)
         solver = self._prepared(rate / live)
-        step = solver.sampled_step(rate / live)
+        step, slope = solver.probed_step(rate / live)
+        shrinkage = solver.sample.shrinkage(step)
+        step *= 2.0 ** (-solver.beyond_probe(shrinkage) / slope)
         best: Found | None = None
-        fails, fits, slope, before = 0.0, math.inf, -1.0, (0.0, 0.0)
+        fails, fits, slope, before = 0.0, math.inf, slope * live, (0.0, 0.0)
+        forms: tuple[int | None, ...] = FORMS
         for number in range(_ROUNDS):
-            found = solver.at(step)
-            left = room - HEAD_BYTES - found.data.size
+            if abs(math.log2(step / shrinkage.step)) > _SAME_GAINS:
+                shrinkage = solver.sample.shrinkage(step)
+            found = solver.at(step, shrinkage, forms)
+            left, forms = room - HEAD_BYTES - found.data.size, (found.form,)
             if number and step != before[0]:
                 slope = (8 * (before[1] - left) / elements) / math.log2(step / before[0])
             before = (step, left)
@@ -105,7 +127,7 @@ class GridRounding:
                 best, fits = found, step
             else:
                 fails = step
-            if 0 <= left <= (1 + number) * allowed or not np.any(found.numbers):
+            if 0 <= left <= (1 + number // 2) * allowed or not np.any(found.numbers):
                 break
             change = 8 * (left - allowed / 2) / elements / min(max(slope, -2.0), -0.2)
             step = _between(step * 2.0 ** max(change, -1.0), fails, fits)
@@ -114,10 +136,15 @@ class GridRounding:
         return best or solver.coarsened(step, room)
 
     def _prepared(self, rate: float) -> GridRounding:
-        """With the damping that suits a rate per live weight."""
-        power = self._weight_power
+        """With the damping that suits a rate per live weight, and the precision."""
+        power = float(self._squares.mean())
         amount = self.settings.mmse * self._expected(rate) / power if power > 0 else 0.0
-        return replace(self, objective=self.objective.damped(amount)) if amount > 0 else self
+        damped = replace(self, objective=self.objective.damped(amount)) if amount > 0 else self
+        widths = damped.scales.values[damped.scales.values > 0]
+        cells = damped.steps(damped._nominal(rate)) * damped.objective.units.numpy() * widths.min(initial=np.inf)
+        largest = damped.sample.targets.abs().amax(dim=1).numpy()
+        is_single = bool((largest <= _SINGLE * cells).all())
+        return damped if is_single else replace(damped, precision=torch.float64)
 
     def _expected(self, rate: float) -> float:
         """About the squared error per weight at that rate, in the objective's measure."""
@@ -135,26 +162,22 @@ class GridRounding:
             power = power * self.objective.units.square()
         return np.asarray(power.numpy(), np.float64)
 
-    @property
-    def _weight_power(self) -> float:
-        return float(self._squares.mean())
-
     @cached_property
     def _squares(self) -> torch.Tensor:
         """s_i^2 (places,): the mean square of the weights of a column, in units of their scales."""
-        return (self._tile(*self._rows)[1] / self._scale_values(*self._rows)).square().mean(dim=0)
+        chosen = self._some_rows(_SAMPLED_ROWS)
+        weights = self.objective.rows(self.weight[chosen], 0, len(chosen), torch.float32)
+        return (weights / self._scale_values[chosen].float()).square_().mean(dim=0, dtype=torch.float64)
 
-    @property
-    def _rows(self) -> tuple[int, int]:
-        return 0, min(len(self.weight), 4 * _SAMPLED_ROWS)
-
-    def _scale_values(self, first: int, last: int) -> torch.Tensor:
-        scales = torch.from_numpy(self.scales.values[:, first:last].T.copy())
-        values: torch.Tensor = scales[:, torch.from_numpy(self.scales.blocks)]
+    @cached_property
+    def _scale_values(self) -> torch.Tensor:
+        """Of all weights (rows, places), or (rows, 1) where they are the same along a row."""
+        scales = torch.from_numpy(self.scales.values.T.copy())
+        values: torch.Tensor = scales if scales.shape[1] == 1 else scales[:, torch.from_numpy(self.scales.blocks)]
         return torch.where(values > 0, values, 1.0)
 
-    def _tile(self, first: int, last: int) -> tuple[int, torch.Tensor]:
-        return first, self.objective.rows(self.weight, first, last)
+    def _tile(self, first: int, last: int) -> torch.Tensor:
+        return self.objective.rows(self.weight, first, last, self.precision)
 
     def steps(self, step: float) -> Doubles:
         """alpha (places,)."""
@@ -165,73 +188,103 @@ class GridRounding:
     @cached_property
     def sample(self) -> GridRounding:
         """The same of some rows, drawn by the seed."""
-        if len(self.weight) <= _SAMPLED_ROWS:
+        return self._of_some(_SAMPLED_ROWS)
+
+    @cached_property
+    def probe(self) -> GridRounding:
+        """The same of fewer rows."""
+        return self.sample._of_some(_PROBED_ROWS)
+
+    def _of_some(self, count: int) -> GridRounding:
+        if len(self.weight) <= count:
             return self
-        chance = torch.Generator().manual_seed(self.seed % (1 << 63))
-        chosen = torch.randperm(len(self.weight), generator=chance)[:_SAMPLED_ROWS].sort().values
+        chosen = self._some_rows(count)
         residual = self.objective.residual
         objective = self.objective if residual is None else replace(self.objective, residual=residual[chosen])
         scales = Scales(np.ascontiguousarray(self.scales.values[:, chosen.numpy()]), self.scales.blocks)
-        return GridRounding(self.weight[chosen], objective, scales, self.settings, self.seed)
+        known = self.targets[:, chosen] if len(self._tiles) == 1 else None
+        return replace(self, weight=self.weight[chosen], objective=objective, scales=scales, known=known)
 
-    def sampled_step(self, rate: float) -> float:
-        """The step at which the numbers of the sample take `rate` bits each."""
+    def _some_rows(self, count: int) -> torch.Tensor:
+        chance = torch.Generator().manual_seed(self.seed % (1 << 63))
+        return torch.randperm(len(self.weight), generator=chance)[:count].sort().values
+
+    @cached_property
+    def _tiles(self) -> list[tuple[int, int]]:
+        return tiles(len(self.weight), self.objective.inputs)
+
+    def probed_step(self, rate: float) -> tuple[float, float]:
+        """The step at which the numbers of the probe take `rate` bits each, and bits by log2 of a step about there."""
+        log, slope, before = math.log2(self._nominal(rate)), -1.0, (0.0, -1.0)
+        for number in range(_PROBES):
+            bits = self._probed(2.0**log)
+            if number and log != before[0]:
+                slope = min(max((bits - before[1]) / (log - before[0]), -1.5), -0.3)
+            before = (log, bits)
+            log += min(max((rate - bits) / slope, -4.0), 4.0)
+            if abs(bits - rate) < _NEAR and number:
+                break
+        return float(2.0**log), slope
+
+    def beyond_probe(self, shrinkage: Shrinkage) -> float:
+        """By how many bits a number takes more than one of the probe, by the sample, of which that is but a part."""
+        numbers, rows = shrinkage.numbers, self.sample._some_rows(_PROBED_ROWS).numpy()
+        chosen = _CHOICE * (1 / len(self.sample.weight) - 1 / len(self.weight))
+        return self._bits(numbers) - self._bits(np.ascontiguousarray(numbers[:, rows])) + chosen
+
+    def _probed(self, step: float) -> float:
+        """About how many bits the code takes for each number of the probe; of one path, before scales are stored."""
+        if self.settings.paths == 1:
+            return self._bits(self.probe._alone(step).numbers)
+        return self._bits(self.probe.numbers(step, self.sample.shrinkage(step))[0])
+
+    def _bits(self, numbers: Integers) -> float:
         from core.tensors.entropy.matrix import class_bits
 
-        log, known = math.log2(self._nominal(rate)), list[tuple[float, float]]()
-        for _ in range(_SAMPLE_ROUNDS):
-            numbers = self.sample.trial(2.0**log)
-            bits = class_bits(numbers) / max(numbers.size, 1)
-            known.append((log, bits))
-            if abs(bits - rate) < _CLOSE:
-                break
-            slope = -1.0
-            if len(known) > 1 and known[-1][0] != known[-2][0]:
-                slope = (known[-1][1] - known[-2][1]) / (known[-1][0] - known[-2][0])
-            log += min(max((rate - bits) / min(max(slope, -1.5), -0.3), -4.0), 4.0)
-        return float(2.0 ** min(known, key=lambda one: abs(one[1] - rate))[0])
+        lines = numbers if self.settings.classes else numbers.reshape(1, -1)
+        return class_bits(lines) / max(numbers.size, 1)
 
-    def trial(self, step: float) -> Integers:
-        """Numbers (places, rows) with as many bits as those of `numbers`; of one path, before scales are stored."""
-        return self._alone(step).numbers if self.settings.paths == 1 else self.numbers(step)[0]
-
-    def numbers(self, step: float) -> tuple[Integers, Doubles]:
+    def numbers(self, step: float, shrinkage: Shrinkage) -> tuple[Integers, Doubles]:
         """Numbers (places, rows) and what 1 of each place stands for, as it will be stored."""
-        steps, (spreads, gains) = self.steps(step), self.sample.found_gains(step)
-        values = steps * gains
-        if self.settings.waterfilled:
-            values = stored_values(values)
-        found = np.empty((self.objective.inputs, len(self.weight)), np.int32)
-        for first, last in tiles(len(self.weight), self.objective.inputs):
-            is_whole = last - first == len(self.weight)
-            targets = self.targets if is_whole else self.objective.targets(self._tile(first, last)[1], first)
-            scales = self.scales.of_rows(first, last)
-            if self.settings.paths == 1:
-                given = (self.objective.factor, values / gains, scales, gains)
-                found[:, first:last] = round_to_steps(targets.clone(), *given).numbers
-            else:
-                search = Search(self.settings.paths, _PRICE * self._error(steps), np.maximum(spreads, _LEAST_STD))
-                found[:, first:last] = best_numbers(targets, self.objective.factor, values, scales, search)
-        return found, values
+        steps, gains = self.steps(step), shrinkage.gains
+        values = stored_values(steps * gains) if self.settings.waterfilled else steps * gains
+        found = [self._tile_numbers(*tile, steps, values, shrinkage) for tile in self._tiles]
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=1), values
 
-    def found_gains(self, step: float) -> tuple[Doubles, Doubles]:
-        """Standard deviations of the numbers, and by how much each place shrinks, above 0; found by a single path."""
+    def _tile_numbers(self, first: int, last: int, steps: Doubles, values: Doubles, shrinkage: Shrinkage) -> Integers:
+        is_whole, scales = len(self._tiles) == 1, self.scales.of_rows(first, last)
+        targets = self.targets if is_whole else self.objective.targets(self._tile(first, last), first)
+        if self.settings.paths == 1:
+            given = (self._factor, values / shrinkage.gains, scales, shrinkage.gains)
+            return round_to_steps(targets.clone() if is_whole else targets, *given).numbers
+        price, spreads = _PRICE * self._error(steps), np.maximum(shrinkage.spreads, _LEAST_STD)
+        search = Search(self.settings.paths, price, spreads)
+        return best_numbers(targets, self._factor, values, scales, search)
+
+    def shrinkage(self, step: float) -> Shrinkage:
+        """By a single path; gains are above 0."""
         found = self._alone(step)
-        powers = (found.numbers.astype(np.float64) ** 2).mean(axis=1)
+        powers = np.square(found.numbers, dtype=np.float32).mean(axis=1, dtype=np.float64)
         if self.settings.shrinks is None:
             common = (found.gains * powers).sum() / powers.sum() if powers.any() else 1.0
-            common = common if common > 0 else 1.0
-            return np.sqrt(powers), np.full(len(powers), common)
-        gains = np.where(found.gains > 0, found.gains, 1.0) if self.settings.shrinks else np.ones(len(powers))
-        return np.sqrt(powers), gains
+            gains = np.full(len(powers), common if common > 0 else 1.0)
+        elif self.settings.shrinks:
+            gains = np.where(found.gains > 0, found.gains, 1.0)
+        else:
+            gains = np.ones(len(powers))
+        return Shrinkage(step, found.numbers, np.sqrt(powers), gains)
 
     def _alone(self, step: float) -> Numbers:
-        return round_to_steps(self.targets.clone(), self.objective.factor, self.steps(step), self.scales)
+        return round_to_steps(self.targets.clone(), self._factor, self.steps(step), self.scales)
 
     @cached_property
     def targets(self) -> torch.Tensor:
         """Y^T (places, rows) of all rows, where they are no more than a tile."""
-        return self.objective.targets(*self._tile(0, len(self.weight))[::-1]).contiguous()
+        return self.objective.targets(self._tile(0, len(self.weight))) if self.known is None else self.known
+
+    @cached_property
+    def _factor(self) -> torch.Tensor:
+        return self.objective.factor.to(self.precision)
 
     def _error(self, steps: Doubles) -> float:
         """About the squared error per weight: c^2 / 12."""
@@ -239,71 +292,46 @@ class GridRounding:
 
     @cached_property
     def _scale_power(self) -> float:
-        return float(self._scale_values(*self._rows).square().mean())
+        return float(self._scale_values[self._some_rows(_SAMPLED_ROWS)].square().mean())
 
-    def at(self, step: float) -> Found:
-        """Numbers and code for a step."""
-        return self._coded(*self.numbers(step), step)
+    def at(self, step: float, shrinkage: Shrinkage, forms: Sequence[int | None] = FORMS) -> Found:
+        """Numbers and code for a step, in the shortest of some forms."""
+        return self._coded(*self.numbers(step, shrinkage), forms)
 
-    def _coded(self, numbers: Doubles | Integers, values: Doubles, step: float) -> Found:
-        matrix = np.zeros(self.weight.shape, np.int32)
-        matrix[:, self.objective.order.numpy()] = numbers.T
-        np.clip(matrix, -MOST, MOST, out=matrix)
-        matrix = matrix.astype(np.int8 if np.abs(matrix).max(initial=0) < 127 else np.int32)
-        data = shortest_form(matrix, "rans")[1] if self.settings.classes else coded_bytes(matrix, "rans")
-        return Found(matrix, values, step, data)
+    def _coded(self, numbers: Integers, values: Doubles, forms: Sequence[int | None]) -> Found:
+        from core.tensors.entropy.tables_jit import transpose
+
+        is_small = numbers.size and numbers.min() > -_SMALL and numbers.max() < _SMALL
+        clipped = np.clip(numbers, -MOST, MOST)
+        small: Small = clipped.astype(np.int8) if is_small else clipped
+        turned = np.zeros(self.weight.shape[::-1], small.dtype)
+        turned[self.objective.order.numpy()] = small
+        matrix = np.empty(self.weight.shape, small.dtype)
+        transpose(turned, matrix)
+        form, data = _shortest(matrix, forms if self.settings.classes else (None,))
+        return Found(small, values, data, form)
 
     def coarsened(self, step: float, room: int) -> Found:
         """The first that fits while the step doubles: in the end all numbers are 0."""
         while True:
-            found = self.at(step := 2 * step)
+            step *= 2
+            found = self.at(step, self.sample.shrinkage(step))
             if found.data.size + HEAD_BYTES <= room:
                 return found
 
 
-@dataclass(frozen=True)
-class GridLayer:
-    """A weight fp32 (rows, columns) and its objective, both in units near 1: the weight is `unit` times as large."""
+def _shortest(matrix: Small, forms: Sequence[int | None]) -> tuple[int | None, Bytes]:
+    """The form in which the matrix takes least, and its code; those that cannot be the shortest are not tried."""
+    from core.tensors.entropy.matrix import class_bits
 
-    weight: torch.Tensor
-    objective: Objective
-    unit: float
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, sensitivity: Sensitivity, chosen: RoundingSpec) -> GridLayer:
-        """Of a weight of any shape, by the parameters of a method; NonFiniteWeights."""
-        require_finite(weight)
-        matrix = weight.detach().reshape(matrix_shape(tuple(weight.shape))).float()
-        unit = _power_of_two(matrix)
-        given = sensitivity.in_units(unit, _power_of_two(sensitivity.covariance))
-        objective = Objective.of(
-            given, columns=chosen.columns or "natural", damping=chosen.damping or 0.0, diagonal=chosen.diagonal
-        )
-        return cls(matrix / unit, objective, unit)
-
-    def or_nearest(self, weight: torch.Tensor, found: EncodedTensor) -> EncodedTensor:
-        """What was found with the objective's notes, or in the same bytes all weights to nearest where that costs less.
-
-        Errors that are carried on may end in columns of few bits: where inputs differ in scale by orders of magnitude,
-        or single weights stand out.
-        """
-        nearest = encode_nearest(weight, found.format)
-        if self._cost(nearest) < self._cost(found):
-            return nearest.with_notes((*self.objective.notes, NEAREST_KEPT))
-        return found.with_notes(self.objective.notes)
-
-    def _cost(self, encoded: EncodedTensor) -> float:
-        decoded, total = encoded.decode().reshape(self.weight.shape) / self.unit, 0.0
-        for first, last in tiles(len(self.weight), self.objective.inputs):
-            cross = self.objective.cross(self.objective.rows(self.weight, first, last), first)
-            total += self.objective.excess(self.objective.rows(decoded, first, last), cross)
-        return total
-
-
-def _power_of_two(values: torch.Tensor | None) -> float:
-    """That of the largest magnitude, so that dividing by it rounds nothing; 1 for zeros."""
-    largest = float(values.abs().max()) if values is not None and values.numel() else 0.0
-    return 2.0 ** max(math.frexp(largest)[1], -_FARTHEST) if largest > 0 else 1.0
+    if 1 in matrix.shape or not matrix.size:
+        forms = (None,)
+    if len(forms) > 1:
+        lines = {None: matrix.reshape(1, -1), ROWS: matrix, COLUMNS: matrix.T}
+        bits = {form: class_bits(lines[form]) for form in forms}
+        forms = [form for form in forms if bits[form] <= _ALIKE * min(bits.values()) + _SIDE[0]]
+    found = [(form, coded_bytes(matrix, "rans", form)) for form in forms]
+    return min(found, key=lambda one: one[1].size)
 
 
 def _between(step: float, fails: float, fits: float) -> float:

@@ -2,8 +2,8 @@
 
 Up to a constant that is tr(What H What^T) - 2 tr(What C^T) with H = E[h h^T] and C = W E[x h^T] + E[r h^T]; with H = L
 L^T and Y = C L^-T it is || Y - What L ||^2 (data-aware rounding, sections 1, 4.7, 4.8). Columns stand in the order of
-rounding, the last one first; inputs that are always zero are left out. All of it is fp64 on the weight's device. Rows
-of the weight enter in tiles only, so memory is some matrices of the inputs.
+rounding, the last one first; inputs that are always zero are left out. Statistics are fp64 on the weight's device; what
+is made of rows of a weight has their precision. Rows enter in tiles only, so memory is some matrices of the inputs.
 
 What was done to make H usable stands in `notes`, which belong in the manifest.
 """
@@ -28,6 +28,7 @@ _FIRST_RETRY = 1e-10  # of the mean variance
 _FEW_TOKENS = 16  # per input, below which a calibration is called short
 _SHRINK, _MOST_SHRUNK = 0.2, 0.1
 TILE_WEIGHTS = 1 << 22  # of rows that are in work at once
+_STRIP = 128  # columns of a factor that are multiplied together
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Objective:
         alive = variances > DEAD * (float(variances.max()) if len(variances) else 0.0)
         live, dead = alive.nonzero()[:, 0], (~alive).nonzero()[:, 0]
         share, notes = _shrinkage(diagonal, sensitivity.tokens, len(live))
-        hessian = _shrunk(covariance[live][:, live], share)
+        hessian = _shrunk(_picked(covariance, live), share)
         order = _order(hessian, columns)
-        hessian, order = hessian[order][:, order].contiguous(), live[order]
+        hessian, order = _picked(hessian, order), live[order]
         mixed, residual = sensitivity.cross, sensitivity.residual
         if mixed is not None:
-            mixed = _shrunk(mixed.double(), share)[order][:, order].contiguous()
+            mixed = _picked(_shrunk(mixed.double(), share), order)
         if residual is not None:
             residual = residual.double()[:, order].contiguous()
         factor, added = _factored(hessian, damping * _mean(hessian))
@@ -104,16 +105,25 @@ class Objective:
         return self.factor.diagonal().clone()
 
     def cross(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """C of rows `first`... of W, given as fp64 (rows, m) in this order."""
-        found = weight @ (self.hessian if self.mixed is None else self.mixed)
-        return found if self.residual is None else found + self.residual[first : first + len(weight)]
+        """C of rows `first`... of W, given as (rows, m) in this order."""
+        found = weight @ (self.hessian if self.mixed is None else self.mixed).to(weight.dtype)
+        return found if self.residual is None else found + self.residual[first : first + len(weight)].to(weight.dtype)
 
     def targets(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Y^T (m, rows) of the same rows."""
         if self._is_plain:
-            return self.factor.T @ weight.T
-        solved: torch.Tensor = torch.linalg.solve_triangular(self.factor, self._wanted(weight, first).T, upper=False)
-        return solved
+            return self.times_factor(weight)
+        wanted = self._wanted(weight.double(), first).T
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.factor, wanted, upper=False)
+        return solved.to(weight.dtype)
+
+    def times_factor(self, weight: torch.Tensor) -> torch.Tensor:
+        """(V L)^T (m, rows) of rows V (rows, m); what is above the diagonal of L takes no time."""
+        factor, turned = self.factor.to(weight.dtype), weight.T
+        found = weight.new_empty(self.inputs, len(weight))
+        for low in range(0, self.inputs, _STRIP):
+            torch.mm(factor[low:, low : low + _STRIP].T, turned[low:], out=found[low : low + _STRIP])
+        return found
 
     def optimum(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
         """The least objective's What (rows, m), where all numbers are allowed: C (H + damping)^-1, or W itself."""
@@ -126,9 +136,20 @@ class Objective:
     def _wanted(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         return self.cross(weight, first) + self.kept * weight
 
-    def rows(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Rows of a matrix of all columns as fp64 (rows, m) in this order."""
-        return weight[first:last].double()[:, self.order]
+    def rows(self, weight: torch.Tensor, first: int, last: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Rows of a matrix of all columns as (rows, m) in this order."""
+        found = weight[first:last]
+        return (found if _is_all(self.order, weight.shape[1]) else found[:, self.order]).to(dtype)
+
+    def errors(self, error: torch.Tensor, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """diag(E H E^T + 2 E P^T), P = C - W H, of rows `first`... of W: the objective of W - E but for a constant."""
+        costs = self.times_factor(error).square_().sum(dim=0).double()
+        if self.damping:
+            costs -= self.damping * error.square().sum(dim=1).double()
+        if self.mixed is not None or self.residual is not None:
+            pull = self.cross(weight, first) - weight @ self.hessian.to(weight.dtype)
+            costs += 2 * torch.sum(error * pull, dim=1, dtype=torch.float64)
+        return costs
 
     def excess(self, decoded: torch.Tensor, cross: torch.Tensor) -> float:
         """tr(What H What^T) - 2 tr(What C^T) of some rows, undamped: the objective without its constant."""
@@ -143,10 +164,26 @@ def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
 
 def _require_covariance(covariance: torch.Tensor) -> None:
     scale = float(covariance.abs().max()) if covariance.numel() else 0.0
-    if float((covariance - covariance.T).abs().max() if scale else 0.0) > _INDEFINITE * scale:
+    if scale and not _is_symmetric(covariance, _INDEFINITE * scale):
         raise InvalidCheckpoint("the covariance of the inputs is not symmetric")
     if bool((covariance.diagonal() < -_INDEFINITE * scale).any()):
         raise InvalidCheckpoint("the covariance of the inputs has negative variances")
+
+
+def _is_symmetric(covariance: torch.Tensor, tolerance: float) -> bool:
+    """By strips up to the diagonal: they stay in the cache."""
+    strips = [(at, min(at + _STRIP, len(covariance))) for at in range(0, len(covariance), _STRIP)]
+    differences = (covariance[low:high, :high] - covariance[:high, low:high].T for low, high in strips)
+    return all(float(one.abs_().max()) <= tolerance for one in differences)
+
+
+def _is_all(places: torch.Tensor, count: int) -> bool:
+    return len(places) == count and torch.equal(places, torch.arange(count, device=places.device))
+
+
+def _picked(matrix: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of a square matrix in that order."""
+    return matrix.contiguous() if _is_all(places, len(matrix)) else matrix[places][:, places].contiguous()
 
 
 def _mean(hessian: torch.Tensor) -> float:

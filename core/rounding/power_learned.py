@@ -40,8 +40,18 @@ def round_tensor(
     InvalidFormat for other families than power, and for statistics of other inputs; InvalidCheckpoint for statistics
     that are missing or cannot be those of any inputs.
     """
-    chosen = spec.filled
     frame = Frame.of(weight, fmt, seed=seed, row_weights=sensitivity.row_weights)
+    indices, notes = frame_codes(frame, sensitivity, spec)
+    if indices is None:
+        return kept_nearest(weight, frame, sensitivity, seed, notes)
+    return frame.encoded(indices).with_notes(notes)
+
+
+def frame_codes(
+    frame: Frame, sensitivity: Sensitivity, spec: RoundingSpec
+) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """Indices int32 (rows, columns) of a frame that is given, None where nearest ones cost no more; what to note."""
+    chosen = spec.filled
     damping = chosen.damping or 0.0
     cost = OutputCost.of(sensitivity, frame).damped(damping)
     turned = sensitivity.turned(frame.turned, frame.turned_outputs)
@@ -53,6 +63,4 @@ def round_tensor(
         return found
 
     indices = best_indices(frame, cost, start, chosen.refine or 0)
-    if indices is None:
-        return kept_nearest(weight, frame, sensitivity, seed, (*objective.notes, NEAREST_KEPT))
-    return frame.encoded(indices).with_notes(objective.notes)
+    return indices, objective.notes if indices is not None else (*objective.notes, NEAREST_KEPT)

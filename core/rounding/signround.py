@@ -84,7 +84,7 @@ def _learned(frame: Frame, cost: OutputCost, steps: int) -> tuple[torch.Tensor, 
         grid = replace(grid, rounded=lambda scales: _as_decoded(_as_stored(scales, frame), frame))
     covariance, rate = cost.covariance.float().to(device), first_rate(steps, frame.format.bits)
     for first, last in tiles(*frame.matrix.shape):
-        weight, scales = frame.matrix[first:last], frame.scales[first:last]
+        weight, scales = frame.matrix[first:last].float(), frame.scales[first:last]
         pull = cost.pull(weight.cpu().double(), first)
         state = _State.at_start(weight, scales, covariance, pull)
         for at in range(steps + 1):

@@ -3,7 +3,8 @@
 One loop serves GPTQ, LDLQ, Babai's nearest plane and WaterSIC, which differ in the grid and the order of columns
 (data-aware rounding, sections 4.1 and 9.1). With `paths` more than one the loop keeps so many candidates for every row
 and takes the best of them at the end (the M-algorithm), by the squared error plus `price` times the bits of the codes;
-one path decides each column for good. The codes do not depend on the size of blocks.
+one path decides each column for good. The codes do not depend on the size of blocks. Tensors on a GPU are rounded there
+where `core.rounding.gpu_successive` takes them; the search of several paths is the CPU's alone.
 """
 
 from __future__ import annotations
@@ -55,16 +56,22 @@ def round_to_steps(
     """Unbounded numbers of `steps` (places,) times scales, for `targets` Y^T (places, rows), which are used up.
 
     They are decoded `gains` (places,) times as large; None: at the least squares of what a column was rounded from
-    (LMMSE, section 4.3).
+    (LMMSE, section 4.3). The targets and the factor are both fp64 or both fp32.
     """
+    if targets.device.type != "cpu":
+        from core.rounding import gpu_successive
+
+        if (numbers := gpu_successive.round_to_steps(targets, factor, steps, scales, gains)) is not None:
+            return numbers
+        targets, factor = targets.cpu(), factor.cpu()
     from core.rounding.successive_jit import round_numbers
 
     left, lower = np.ascontiguousarray(targets.numpy()), factor.numpy()
     places, rows = left.shape
     found = Numbers(np.empty((places, rows), np.int32), np.ones(places) if gains is None else gains)
+    widths = (steps, scales.values.astype(left.dtype, copy=False), scales.blocks)
     for low, high in _blocks(places):
-        taken = np.empty((high - low, rows))
-        widths = (steps, scales.values, scales.blocks)
+        taken = np.empty((high - low, rows), left.dtype)
         round_numbers(left, lower, *widths, gains is None, low, high, found.numbers, found.gains, taken)
         _free_above(left, lower, low, high, taken)
     return found
@@ -76,6 +83,12 @@ def spread(wanted: torch.Tensor, weights: torch.Tensor, ratios: torch.Tensor, le
     Both transposed, (places, rows), fp64; `wanted` is used up, an error is the weight less what is decoded. By the
     covariance over its diagonal it is error diffusion; by its factor over that one's, GPTQ. Indices (places, rows).
     """
+    if wanted.device.type != "cpu":
+        from core.rounding import gpu_successive
+
+        if (indices := gpu_successive.spread(wanted, weights, ratios, levels)) is not None:
+            return indices
+        wanted, weights, ratios = wanted.cpu(), weights.cpu(), ratios.cpu()
     from core.rounding.diffusion_jit import spread_block
 
     places, rows = wanted.shape
@@ -141,15 +154,16 @@ def _best(
     wanted, lower = _single(targets.T / (root * value)), _single(factor / root)
     bits, classes, price = coding
     costs = (bits, classes, np.float32(price / (root * value) ** 2))
-    given = (wanted, lower, values.astype(np.float32), _single(scales.values.T / value), scales.blocks, costs, table)
+    decoding = (values.astype(np.float32), _single(scales.values.T / value), scales.blocks, lower.diagonal().copy())
+    given = (wanted, lower, decoding, costs, table)
     found = np.empty(wanted.shape, np.int32)
     runs = [(at, min(at + _RUN, len(wanted))) for at in range(0, len(wanted), _RUN)]
-    cpu.over_pieces(lambda rows: best_codes(*given, paths, BLOCK, rows, found), runs)
+    cpu.over_pieces(lambda rows: best_codes(*given, paths, rows, found), runs)
     return np.ascontiguousarray(found.T)
 
 
 def _single(values: torch.Tensor | Doubles) -> NDArray[np.float32]:
-    given = values.numpy() if isinstance(values, torch.Tensor) else values
+    given = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
     return np.ascontiguousarray(given, np.float32)
 
 

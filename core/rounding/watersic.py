@@ -18,8 +18,8 @@ import torch
 from core.formats.stored import scale_dtype, stored_parts
 from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat
-from core.rounding.grids import Found, GridLayer, GridRounding, GridSettings
-from core.rounding.objective import Objective
+from core.rounding.grid_layer import GridLayer
+from core.rounding.grids import GridRounding, GridSettings
 from core.rounding.rescale import Fit, Numbers, scale_parts, stored_fit
 from core.rounding.successive import Scales
 from core.tensors.coded import as_part
@@ -51,7 +51,9 @@ def round_tensor(
     ones = Scales.ones(len(matrix), objective.inputs)
     room = stored_parts(fmt, shape)["codes"][1][0]
     found = GridRounding(matrix, objective, ones, settings, seed).solved(room)
-    fit = _fit(matrix, found, objective, fmt, rescales=bool(chosen.rescale))
+    numbers = Numbers(matrix, torch.from_numpy(found.numbers), objective)
+    fit = _fit(numbers, torch.from_numpy(found.values.copy()), fmt, rescales=bool(chosen.rescale))
+    cost = numbers.cost(fit)
     fit = replace(fit, columns=fit.columns * layer.unit)
     scales = fit.rows if fmt.granularity == "channel" else torch.ones(1)
     parts = {
@@ -59,19 +61,15 @@ def round_tensor(
         "scales": scales.to(TORCH_DTYPES[scale_dtype(fmt)]),
         **scale_parts(fit, objective, matrix.shape[1]),
     }
-    return layer.or_nearest(weight, EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts))
+    return layer.or_nearest(weight, EncodedTensor(fmt, shape, SAFETENSORS_NAMES[weight.dtype], parts), cost)
 
 
-def _fit(matrix: torch.Tensor, found: Found, objective: Objective, fmt: TensorFormat, *, rescales: bool) -> Fit:
-    """The scales of rows and columns, as they are stored."""
-    start = Fit(torch.ones(len(matrix), dtype=torch.float64), torch.from_numpy(found.values.copy()))
-    if not matrix.numel() or not objective.inputs:
+def _fit(numbers: Numbers, columns: torch.Tensor, fmt: TensorFormat, *, rescales: bool) -> Fit:
+    """The scales of rows and columns, as they are stored, from those of columns by which numbers were rounded."""
+    start = Fit(torch.ones(len(numbers.weight), dtype=torch.float64), columns)
+    if not rescales or not numbers.numbers.numel():
         return start
-    numbers = Numbers(matrix, torch.from_numpy(found.numbers).T[objective.order], objective)
-    has_rows = fmt.granularity == "channel"
-    if not rescales:
-        return start
-    if not has_rows:
+    if fmt.granularity != "channel":
         return numbers.columns_stored(start)
     fit = stored_fit(numbers.fitted(start, rounds=_RESCALINGS), has_rows=False)
     fit = stored_fit(numbers.rows_fitted(fit), has_rows=True)

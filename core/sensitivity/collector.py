@@ -8,7 +8,7 @@ are told apart by what they compute, not by their names, and reported with a rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from core.networks import tensor_names
+from core.networks import tensor_names as names_of
 from core.sensitivity.sketch import Sketch, matrix_sum, scale_sums, table_scale_sums, table_sum
 
 _TILE_ELEMENTS = 1 << 18  # of gradients squared at a time: they stay in the cache
@@ -44,22 +44,23 @@ class _Matrix:
     called: bool = False
 
     @classmethod
-    def of(cls, parameter: torch.Tensor) -> Self:
+    def of(cls, parameter: torch.Tensor, device: str | torch.device) -> Self:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         count = parameter.shape[0]
         return cls(zeros(2, count), zeros(2), zeros(count), zeros(), parameter.numel())
 
     def add(self, half: int, rows: torch.Tensor) -> None:
         """Row sums of a call."""
-        self.rows[half] += rows
+        self.rows[half] += rows.to(self.rows.device)
 
     def add_whole(self, rows: torch.Tensor, whole: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor]) -> None:
         """What whole sequences of a call had, beside its row sums."""
-        self.together += torch.stack((whole, rows.sum()))
-        self.row_scales += scales[0]
-        self.scale += scales[1]
+        device = self.rows.device
+        self.together += torch.stack((whole, rows.sum())).to(device)
+        self.row_scales += scales[0].to(device)
+        self.scale += scales[1].to(device)
 
 
 @dataclass(frozen=True)
@@ -80,68 +81,69 @@ class Measured:
 class Collector:
     """A context manager that hooks into every layer of a network which has a matrix. Use `batch` around each pass.
 
-    Within it no parameter requires a gradient; afterwards each is as it was.
+    Within it no parameter requires a gradient; afterwards each is as it was. A parameter may be another object with
+    each call, as in a network whose weights come and go: `tensor_names` are those of the parameters that the network
+    has now, `device` is where sums are kept; both as the network says if not given.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.sequences = self.sketched = 0
+    def __init__(
+        self,
+        network: nn.Module,
+        tensor_names: Mapping[str, tuple[str, ...]] | None = None,
+        device: str | None = None,
+    ) -> None:
         self.reasons: dict[str, str] = {}
         self._network, self._half = network, 0
         self._handles: list[RemovableHandle] = []
-        self._kinds: dict[tuple[nn.Module, int], tuple[Kind, float] | None] = {}
+        self._kinds: dict[nn.Module, tuple[Kind, float] | None] = {}
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._sketch: Sketch | None = None
         self._head = head_of(network)
-        self._names = {id(parameter): name for name, parameter in network.named_parameters()}
-        self._tensor_names = tensor_names(network)
+        self._tensor_names = tensor_names or names_of(network)
+        parameters = dict(network.named_parameters())
         self._matrices = {
-            id(parameter): _Matrix.of(parameter) for parameter in network.parameters() if parameter.ndim == 2
+            name: _Matrix.of(one, device or one.device) for name, one in parameters.items() if one.ndim == 2
         }
-        self._wanted = [parameter.requires_grad for parameter in network.parameters()]
+        self._others = {name: one.ndim for name, one in parameters.items() if one.ndim > 2}
+        self._layers = _layers(network, {id(one): name for name, one in parameters.items()})
+        self._wanted = {name: one.requires_grad for name, one in parameters.items()}
 
     def __enter__(self) -> Self:
         self._network.requires_grad_(False)
-        for module in self._network.modules():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 2:
-                self._handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
+        for module in self._layers:
+            self._handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._last = None
-        for parameter, wanted in zip(self._network.parameters(), self._wanted, strict=True):
-            parameter.requires_grad_(wanted)
+        for name, parameter in self._network.named_parameters():
+            parameter.requires_grad_(self._wanted.get(name, False))
 
     @contextmanager
-    def batch(self, half: int, sequences: int, seeds: Sequence[int] | None = None) -> Iterator[None]:
+    def batch(self, half: int, seeds: Sequence[int] | None = None) -> Iterator[None]:
         """Passes within it add to that half (0 or 1). With a seed per sequence, whole sequences are summed up too."""
         self._half, self._sketch = half, None if seeds is None else Sketch(seeds)
         yield
         self._last = None
-        self.sequences += sequences
-        self.sketched += sequences if seeds is not None else 0
 
     def results(self) -> Iterator[tuple[str, Measured]]:
         """What was measured, by tensor; completes `reasons`."""
-        for name, parameter in self._network.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            matrix = self._matrices.get(id(parameter))
-            named = self._tensor_names[name]
-            if matrix is None:
-                self._refuse(parameter, f"{parameter.ndim} dimensions in one parameter: not one linear layer")
-            elif not matrix.called:
-                self._refuse(parameter, "no layer that multiplies with it was called")
-            elif named[0] not in self.reasons:
+        for name, dimensions in self._others.items():
+            self._refuse(name, f"its layers share a parameter of {dimensions} dimensions, which is not told apart")
+        for name, matrix in self._matrices.items():
+            tensor = self._tensor_names[name][0]
+            if not matrix.called:
+                self._refuse(name, "no layer that multiplies with it was called")
+            elif tensor not in self.reasons:
                 whole, single = matrix.together.tolist()
                 cross = whole / single if single else 1.0
                 scales = matrix.row_scales.cpu(), float(matrix.scale)
-                yield named[0], Measured(matrix.rows.cpu(), matrix.elements, cross, *scales)
+                yield tensor, Measured(matrix.rows.cpu(), matrix.elements, cross, *scales)
 
-    def _refuse(self, parameter: torch.Tensor, reason: str) -> None:
-        for name in self._tensor_names[self._names[id(parameter)]]:
+    def _refuse(self, parameter: str, reason: str) -> None:
+        for name in self._tensor_names[parameter]:
             self.reasons.setdefault(name, reason)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -152,13 +154,14 @@ class Collector:
         given: Any = args[0] if args else next(iter(kwargs.values()), None)
         if weight is None or (kind := self._kind(module, weight, given, output)) is None:
             return None
-        self._matrices[id(weight)].called = True
+        matrix = self._matrices[self._layers[module]]
+        matrix.called = True
         leaf = not output.requires_grad
         if leaf:
             output.requires_grad_()
         answer = self._answer_to_keep(module, output)
         alone = kind[0] == "rows" and module is self._head
-        call = _Call(self._matrices[id(weight)], self._half, given.detach(), answer, alone=alone)
+        call = _Call(matrix, self._half, given.detach(), answer, alone=alone)
         if kind[0] == "table":
             output.register_hook(partial(self._add_table, call, kind[1]))
         elif kind[0] == "rows":
@@ -176,12 +179,12 @@ class Collector:
 
     def _kind(self, module: nn.Module, weight: torch.Tensor, given: Any, output: Any) -> tuple[Kind, float] | None:
         """What the layer computes, found out at its first call; None, and a reason, when it is nothing known."""
-        key = (module, id(weight))
-        if key not in self._kinds:
-            self._kinds[key] = recognise(module, weight, given, output)
-            if self._kinds[key] is None:
-                self._refuse(weight, f"{type(module).__name__} is neither a linear layer nor an embedding")
-        return self._kinds[key]
+        if module not in self._kinds:
+            self._kinds[module] = recognise(module, weight, given, output)
+            if self._kinds[module] is None:
+                reason = f"{type(module).__name__} is neither a linear layer nor an embedding"
+                self._refuse(self._layers[module], reason)
+        return self._kinds[module]
 
     def _of_input(self, given: torch.Tensor, *, alone: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """‖x_t‖² in fp32 (tokens,) and the input's projection; computed once for layers that share an input.
@@ -218,7 +221,8 @@ class Collector:
         """The gradient with respect to the table is `factor` times that of what the layer answers."""
         flat, tokens = _wide(gradient.flatten(0, -2)), call.given
         squares = torch.linalg.vecdot(flat, flat).double() * factor**2
-        rows = torch.zeros_like(call.matrix.row_scales).index_add_(0, tokens.flatten(), squares)
+        rows = torch.zeros(len(call.matrix.row_scales), dtype=squares.dtype, device=squares.device)
+        rows.index_add_(0, tokens.flatten(), squares)
         call.matrix.add(call.half, rows)
         if call.answer is not None and tokens.shape == gradient.shape[:2]:
             scales = table_scale_sums(gradient, call.answer, tokens, len(rows))
@@ -241,6 +245,12 @@ class _Call:
     def answer(self) -> torch.Tensor | None:
         """What the layer multiplied to, where sequences are sketched and nothing has been written over it."""
         return self._answer if self._answer is not None and self._answer._version == self._version else None
+
+
+def _layers(network: nn.Module, names: Mapping[int, str]) -> dict[nn.Module, str]:
+    """The modules whose weight is a matrix, with the name of that parameter; `names` by its id."""
+    held = ((module, module._parameters.get("weight")) for module in network.modules())
+    return {module: names[id(weight)] for module, weight in held if weight is not None and weight.ndim == 2}
 
 
 def head_of(network: nn.Module) -> nn.Module | None:

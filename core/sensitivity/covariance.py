@@ -2,8 +2,10 @@
 
 covariance.safetensors has parts `KEY.covariance` F32 (inputs, inputs), symmetric, where KEY is the first, sorted, of
 the tensors that multiply with that input. The metadata tells of each tensor its key, how many tokens were seen and
-whether the stored matrix is (in, out), and why other matrices have none. Parts lie in the order in which they were
-made: the writer puts each into the file at once and holds none, so its header is padded to the room it had set aside.
+whether the stored matrix is (in, out), and why other matrices have none. A tensor that stacks experts has a part
+`NAME.EXPERT.covariance` for each expert that saw tokens, and the metadata tells how many each saw. Parts lie in the
+order in which they were made: the writer puts each into the file at once and holds none, so its header is padded to the
+room it had set aside.
 
 Promise: the same statistics in the same order give the same bytes. It computes nothing.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -29,7 +31,7 @@ from core.tensors.writer import tensor_bytes, write_at
 _FILE_VERSION = 1
 _METADATA = "bitmill_covariance"
 _SUFFIX = ".covariance"
-_ROOM_PER_TENSOR = 1024
+_ROOM_PER_TENSOR, _ROOM_PER_EXPERT = 1024, 192
 _MAX_REASON = 200
 
 
@@ -53,12 +55,22 @@ class InputUse:
 
 
 @dataclass(frozen=True)
+class StackedUse:
+    """The same of a tensor (experts, out, in) or, `transposed`, (experts, in, out): `tokens` that each expert saw."""
+
+    inputs: int
+    tokens: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Covariances:
-    """A file of covariances. `uses`: by tensor; `reasons`: why a matrix has none."""
+    """A file of covariances. `uses`: by tensor; `reasons`: why a matrix has none; `stacked`: by tensor of experts."""
 
     uses: Mapping[str, InputUse]
     reasons: Mapping[str, str]
     index: CheckpointIndex
+    stacked: Mapping[str, StackedUse] = field(default_factory=dict)
 
     @classmethod
     def from_index(cls, index: CheckpointIndex) -> Covariances:
@@ -67,16 +79,10 @@ class Covariances:
             about = json.loads(index.metadata[_METADATA])
             if about["version"] != _FILE_VERSION:
                 raise InvalidCheckpoint(f"covariances of version {about['version']}, not {_FILE_VERSION}")
-            uses = {
-                name: InputUse(
-                    key=str(one["key"]),
-                    inputs=int(index.tensors[one["key"] + _SUFFIX].shape[0]),
-                    tokens=int(one["tokens"]),
-                    transposed=bool(one.get("transposed", False)),
-                )
-                for name, one in about["tensors"].items()
-            }
-            return cls(uses, {str(name): str(reason) for name, reason in about["reasons"].items()}, index)
+            known = about["tensors"].items()
+            uses = {name: _use(one, index) for name, one in known if "experts" not in one}
+            stacked = {name: _stacked_use(name, one, index) for name, one in known if "experts" in one}
+            return cls(uses, {str(name): str(reason) for name, reason in about["reasons"].items()}, index, stacked)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InvalidCheckpoint("not a file of covariances", where=next(iter(index.headers), "")) from error
 
@@ -86,22 +92,51 @@ class Covariances:
             return None
         return InputStatistics(read_tensor(self.index, use.key + _SUFFIX).double(), use.tokens, use.transposed)
 
+    def of_expert(self, name: str, expert: int) -> InputStatistics | None:
+        """The same of one expert of a tensor that stacks them; None for one that saw no token."""
+        use = self.stacked.get(name)
+        if use is None or not use.tokens[expert]:
+            return None
+        matrix = read_tensor(self.index, _expert_key(name, expert) + _SUFFIX).double()
+        return InputStatistics(matrix, use.tokens[expert], use.transposed)
+
     def describe(self) -> dict[str, Any]:
-        """{tensors: {name: {tokens, inputs, key}}, not_reached: {name: reason}}."""
+        """{tensors: {name: {tokens, inputs, key, experts?}}, not_reached: {name: reason}}; `experts`: their tokens."""
+        single = {name: {"tokens": use.tokens, "inputs": use.inputs, "key": use.key} for name, use in self.uses.items()}
+        stacked = {
+            name: {"tokens": sum(use.tokens), "inputs": use.inputs, "key": name, "experts": list(use.tokens)}
+            for name, use in self.stacked.items()
+        }
         return {
-            "tensors": {
-                name: {"tokens": use.tokens, "inputs": use.inputs, "key": use.key}
-                for name, use in sorted(self.uses.items())
-            },
+            "tensors": dict(sorted((single | stacked).items())),
             "not_reached": dict(sorted(self.reasons.items())),
         }
 
 
-class CovarianceWriter:
-    """A new file being written; a context manager. `names`: the tensors it may tell of, for which it keeps room."""
+def _use(one: Mapping[str, Any], index: CheckpointIndex) -> InputUse:
+    inputs = int(index.tensors[one["key"] + _SUFFIX].shape[0])
+    return InputUse(str(one["key"]), inputs, int(one["tokens"]), bool(one.get("transposed", False)))
 
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
+
+def _stacked_use(name: str, one: Mapping[str, Any], index: CheckpointIndex) -> StackedUse:
+    tokens = tuple(int(count) for count in one["experts"])
+    sizes = {index.tensors[_expert_key(name, at) + _SUFFIX].shape[0] for at, count in enumerate(tokens) if count}
+    (inputs,) = sizes  # ValueError for none, or several
+    return StackedUse(inputs, tokens, bool(one.get("transposed", False)))
+
+
+def _expert_key(name: str, expert: int) -> str:
+    return f"{name}.{expert}"
+
+
+class CovarianceWriter:
+    """A new file being written; a context manager. It keeps room for `names`, the tensors that it may tell of, and as
+    many `experts` of those that stack them.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], experts: Mapping[str, int] | None = None) -> None:
         room = sum(4 * len(_json(json.dumps(name))) + _ROOM_PER_TENSOR for name in names)
+        room += sum(count * (len(_json(name)) + _ROOM_PER_EXPERT) for name, count in (experts or {}).items())
         self._room = min(MAX_HEADER_BYTES, (_ROOM_PER_TENSOR + room) // 8 * 8)
         self._fields: dict[str, dict[str, Any]] = {}
         self._tensors: dict[str, dict[str, Any]] = {}
@@ -131,6 +166,14 @@ class CovarianceWriter:
         self._fields[key + _SUFFIX] = {"dtype": "F32", "shape": [size, size], "data_offsets": [start, self._end]}
         for name, (tokens, transposed) in users.items():
             self._tensors[name] = {"key": key, "tokens": tokens} | ({"transposed": True} if transposed else {})
+
+    def write_expert(self, name: str, expert: int, size: int, panels: Iterator[torch.Tensor]) -> None:
+        """The matrix of one expert of a tensor, of which `stack` tells the rest."""
+        self.write(_expert_key(name, expert), size, panels, {})
+
+    def stack(self, name: str, tokens: Iterable[int], *, transposed: bool) -> None:
+        """A tensor of experts: how many tokens each saw; those that saw any have been written."""
+        self._tensors[name] = {"experts": list(tokens)} | ({"transposed": True} if transposed else {})
 
     def refuse(self, name: str, reason: str) -> None:
         """Say why a tensor has no statistics, whatever was written of it before; the first reason counts."""

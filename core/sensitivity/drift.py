@@ -8,7 +8,7 @@ that read the stream together, as q, k and v do, may be mixed with the reference
 
 Promise: every batch is run as far as the stage needs it, in order; products of bf16 as in `core.sensitivity.inputs`.
 Memory: the statistics of a stage, one batch. A layer is left out whose tokens are not the block's (experts to which
-tokens are routed), which is stored with its inputs as rows, or which is called more than once.
+tokens are routed), or which is called more than once.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers that multiply with the same input, in the order of their calls; `attends`: attention comes next."""
+    """Layers that multiply with the same input, in the order of their calls.
+
+    `attends`: attention comes next. `transposed`: their matrices are stored with the inputs as rows.
+    """
 
     layers: tuple[Layer, ...]
     attends: bool = False
+    transposed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,13 +73,14 @@ class Stage:
 class DriftStatistics:
     """Over `tokens`: `covariance` E[h h^T], `cross` E[x h^T], None where x = h; fp64 (inputs, inputs) on the CPU.
 
-    `residuals`: E[(r - r_h) h^T], fp64 (outputs, inputs), by tensor.
+    `residuals`: E[(r - r_h) h^T], fp64 (outputs, inputs), by tensor. `transposed`: see `Stage`.
     """
 
     covariance: torch.Tensor
     cross: torch.Tensor | None
     residuals: dict[str, torch.Tensor]
     tokens: int
+    transposed: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -165,7 +170,7 @@ class _Survey:
 
     def __init__(self, walk: BlockWalk, block: Block) -> None:
         self._walk, self._block = walk, block
-        self._calls: dict[str, tuple[torch.Tensor, int]] = {}
+        self._calls: dict[str, tuple[torch.Tensor, int, bool]] = {}
         self._unfit: set[str] = set()
         self._attending: set[tuple[int, int]] = set()
 
@@ -182,17 +187,17 @@ class _Survey:
             stack.enter_context(additions)
             self._walk.run_call(call)
         tokens = _tokens(call.args, call.kwargs)
-        found: dict[tuple[int, int], list[Layer]] = {}
-        for path, (given, version) in self._calls.items():
+        found: dict[tuple[int, int, bool], list[Layer]] = {}
+        for path, (given, version, transposed) in self._calls.items():
             names = self._names(path, wanted)
             if names and path not in self._unfit and given.flatten(0, -2).shape[0] == tokens:
                 writes = path in additions.found
-                found.setdefault((id(given), version), []).append(Layer(path, names, writes))
-        return [Stage(tuple(layers), key in self._attending) for key, layers in found.items()]
+                found.setdefault((id(given), version, transposed), []).append(Layer(path, names, writes))
+        return [Stage(tuple(layers), key[:2] in self._attending, key[2]) for key, layers in found.items()]
 
     def _attend(self) -> None:
         """What was multiplied with last before attention are its values, keys or queries."""
-        for given, version in list(self._calls.values())[-1:]:
+        for given, version, _ in list(self._calls.values())[-1:]:
             self._attending.add((id(given), version))
 
     def _names(self, path: str, wanted: frozenset[str]) -> tuple[str, ...]:
@@ -203,10 +208,10 @@ class _Survey:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()), None)
             kind = recognise(module, module._parameters["weight"], given, output)  # type: ignore[arg-type]
-            if path in self._calls or kind is None or kind[0] != "rows" or not isinstance(given, torch.Tensor):
+            if path in self._calls or kind is None or kind[0] == "table" or not isinstance(given, torch.Tensor):
                 self._unfit.add(path)
                 return
-            self._calls[path] = given, given._version
+            self._calls[path] = given, given._version, kind[0] == "columns"
             additions.watch(path, output)
 
         return see
@@ -273,6 +278,7 @@ class _Sums:
             None if self._same else cross,
             residuals,
             self._tokens,
+            self._stage.transposed,
             ("the network tells no attention: all tokens count alike",) if self._unweighted else (),
         )
 

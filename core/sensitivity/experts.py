@@ -38,11 +38,20 @@ class Experts:
             return None
         return cls(module, first, *given[:3])
 
+    @property
+    def count(self) -> int:
+        """How many experts the module has."""
+        return len(self._module._parameters[SECOND])
+
+    @property
+    def transposed(self) -> bool:
+        """Whether an expert's matrix is (in, out)."""
+        return bool(self._module.is_transposed)
+
     def routed(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Each expert that got tokens, and these (tokens, features)."""
-        count = len(self._module._parameters[SECOND])
         for expert in _distinct(self._chosen):
-            if 0 <= expert < count:
+            if 0 <= expert < self.count:
                 yield expert, self._tokens[(self._chosen == expert).any(-1)]
 
     def between(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import log2
 from pathlib import Path
@@ -29,14 +29,17 @@ from torch import nn
 from core.errors import InvalidCheckpoint, NonFiniteWeights, UnsupportedArchitecture
 from core.evaluation.text import Windows
 from core.ids import derived_seed
-from core.networks import check_token_ids, learns_positions, next_token_logits
+from core.networks import check_token_ids, learns_positions, load_network, next_token_logits
+from core.sensitivity.backward import BackwardWalk
 from core.sensitivity.collector import Collector
+from core.sensitivity.shelf import Shelf
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import LocalFile
 from core.tensors.reader import read_tensor
 from core.tensors.writer import Part, SafetensorsWriter
 
 Progress = Callable[[float, str], None]
+Log = Callable[[str, dict[str, Any]], None]
 
 ESTIMATOR = "sampled labels, per token, times what whole sequences have more"
 _FILE_VERSION = 1
@@ -47,6 +50,7 @@ _SKETCHED_SHARE, _SKETCHED_LEAST = (
     8,
 )  # of the even ones among the first quarter, or eight, whole sequences are summed
 _BATCH_ELEMENTS = 1 << 26  # of logits held at a time, unless one sequence has more
+_BATCH_ELEMENTS_CPU = 1 << 24  # where a block at a time is all that is held
 _TILE_ELEMENTS = 1 << 20
 _BLOCK = 64
 
@@ -152,6 +156,19 @@ def describe(estimate: FisherEstimate) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of one half that pass together, with a seed for the labels of each. `sketched`: also summed whole."""
+
+    half: int
+    chosen: list[int]
+    seeds: list[int]
+    sketched: bool
+
+    def within(self, collector: Collector) -> AbstractContextManager[None]:
+        return collector.batch(self.half, self.seeds if self.sketched else None)
+
+
 def estimate_fisher(
     network: nn.Module, windows: Windows, *, seed: int, progress: Progress, batch: int | None = None
 ) -> FisherEstimate:
@@ -162,31 +179,84 @@ def estimate_fisher(
     """
     check_token_ids(network, windows.ids)
     count, length = windows.ids.shape
-    size = batch or _batch_size(network, length)
+    batches, done = _batches(count, batch or _batch_size(network, length, _BATCH_ELEMENTS), seed), 0
     with Collector(network) as collector, deterministic():
-        for half, chosen in _batches(count, size):
-            progress(collector.sequences / count, f"sequence {collector.sequences + 1} of {count}")
-            seeds = [derived_seed(seed, f"sequence {at}") for at in chosen]
-            sketched = half == 0 and chosen[0] < max(_SKETCHED_LEAST, count // _SKETCHED_SHARE)
-            with collector.batch(half, len(chosen), seeds if sketched else None):
-                _backward(network, windows.ids[chosen], seeds)
-    return _estimate(collector, count, length - 1)
+        for one in batches:
+            progress(done / count, f"sequence {done + 1} of {count}")
+            with one.within(collector):
+                _backward(network, windows.ids[one.chosen], one.seeds)
+            done += len(one.chosen)
+    return _estimate(collector, batches, count, length - 1)
 
 
-def _batch_size(network: nn.Module, length: int) -> int:
-    """One where sequences share the output of a layer, which would mix their gradients."""
+def fisher_of_checkpoint(
+    index: CheckpointIndex,
+    windows: Windows,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Progress,
+    folder: Path,
+    log: Log,
+    batch: int | None = None,
+) -> FisherEstimate:
+    """The same estimate of a checkpoint's network, a block at a time (`core.sensitivity.backward`).
+
+    `folder`: where inputs of blocks may lie meanwhile. Where a network cannot be walked through it is loaded whole, and
+    `log` is told why. Raises what `load_network` and `estimate_fisher` raise, and OutOfDisk.
+    """
+    try:
+        return _by_blocks(index, windows, folder, seed, progress, batch, device=device, dtype=dtype)
+    except UnsupportedArchitecture as error:
+        log("fisher.whole_network", {"reason": error.detail})
+    network = load_network(index, device=device, dtype=dtype)
+    return estimate_fisher(network, windows, seed=seed, progress=progress, batch=batch)
+
+
+def _by_blocks(
+    index: CheckpointIndex,
+    windows: Windows,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    batch: int | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+) -> FisherEstimate:
+    count, length = windows.ids.shape
+    elements = _BATCH_ELEMENTS_CPU if torch.device(device).type == "cpu" else _BATCH_ELEMENTS
+    with Shelf(folder) as shelf, BackwardWalk(index, windows, shelf, device=device, dtype=dtype) as walk:
+        batches = _batches(count, batch or _batch_size(walk.network, length, elements), seed)
+        walk.split([windows.ids[one.chosen, :-1] for one in batches])
+        with Collector(walk.network, walk.hollow.tensor_names, device) as collector, deterministic():
+            walk.backward(
+                lambda at, logits: _label_gradients(logits, batches[at].seeds),
+                lambda at: batches[at].within(collector),
+                progress,
+            )
+    return _estimate(collector, batches, count, length - 1)
+
+
+def _batch_size(network: nn.Module, length: int, elements: int) -> int:
+    """Sequences at a time; one where they share the output of a layer, which would mix their gradients."""
     if learns_positions(network):
         return 1
     vocabulary = max(parameter.shape[0] for parameter in network.parameters())
-    return max(1, min(_BATCH_TOKENS // length, _BATCH_ELEMENTS // (length * vocabulary)))
+    return max(1, min(_BATCH_TOKENS // length, elements // (length * vocabulary)))
 
 
-def _batches(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
-    """(half, sequences): batches of even and of odd sequences, so that each adds to one half."""
+def _batches(count: int, size: int, seed: int) -> list[_Batch]:
+    """Batches of even and of odd sequences, so that each adds to one half."""
+    made = []
     for half in (0, 1):
         members = list(range(half, count, 2))
         for start in range(0, len(members), size):
-            yield half, members[start : start + size]
+            chosen = members[start : start + size]
+            sketched = half == 0 and chosen[0] < max(_SKETCHED_LEAST, count // _SKETCHED_SHARE)
+            made.append(_Batch(half, chosen, [derived_seed(seed, f"sequence {at}") for at in chosen], sketched))
+    return made
 
 
 @contextmanager
@@ -204,13 +274,17 @@ def _backward(network: nn.Module, ids: torch.Tensor, seeds: list[int]) -> None:
     """The gradient of Σ -log p(label) at every position but the last, with one sampled label each."""
     ids = ids[:, :-1].to(next(network.parameters()).device)
     logits = next_token_logits(network, ids)
-    with torch.no_grad():
-        gradient = torch.empty_like(logits)
-        for sequence, seed in enumerate(seeds):
-            sampled_label_gradient(logits[sequence], seed, gradient[sequence])
     if not logits.requires_grad:
         raise _nothing_measured()
-    torch.autograd.backward([logits], [gradient])
+    torch.autograd.backward([logits], [_label_gradients(logits.detach(), seeds)])
+
+
+def _label_gradients(logits: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    """That of Σ -log p(label) for logits (sequences, positions, vocabulary), by a seed for each sequence."""
+    gradient = torch.empty_like(logits)
+    for sequence, seed in enumerate(seeds):
+        sampled_label_gradient(logits[sequence], seed, gradient[sequence])
+    return gradient
 
 
 def _nothing_measured() -> UnsupportedArchitecture:
@@ -248,8 +322,9 @@ def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return (block * _BLOCK + place).clamp_max_(p.shape[-1] - 1)
 
 
-def _estimate(collector: Collector, count: int, predicted: int) -> FisherEstimate:
-    positions, sketched = count * predicted, max(collector.sketched * predicted, 1)
+def _estimate(collector: Collector, batches: list[_Batch], count: int, predicted: int) -> FisherEstimate:
+    positions = count * predicted
+    sketched = max(sum(len(one.chosen) for one in batches if one.sketched) * predicted, 1)
     per_half = ((count + 1) // 2 * predicted, count // 2 * predicted)
     tensors: dict[str, TensorFisher] = {}
     measured = dict(collector.results())

@@ -2,8 +2,9 @@
 
 Inputs are rounded to bf16, whose products fp32 has exactly; sums of a chunk of tokens are fp32, those of all chunks
 fp64. Layers that get the very same tensor share one statistic (q, k, v; gate, up). Experts in stacked parameters have
-statistics of their own, from the tokens that were routed to each. Layers are recognised by what they compute, in either
-orientation. Source: data-aware-rounding, section 2.
+statistics of their own, from the tokens that were routed to each, whether the checkpoint stacks them too or has a
+tensor for each. Layers are recognised by what they compute, in either orientation. Source: data-aware-rounding,
+section 2.
 
 Promise: every matrix of the checkpoint has statistics or a reason. Memory: that of the walk, and 8 bytes for each
 element of the statistics of one block. Weights are untouched and hooks are gone afterwards.
@@ -37,6 +38,7 @@ Progress = Callable[[float, str], None]
 _CHUNK_TOKENS = 1 << 16
 _PANEL = 1024
 _EMBEDDING = "an embedding has no input to weigh errors by"
+_BIAS = "it is added, and has no input to weigh errors by"
 
 
 def gather_covariances(
@@ -58,8 +60,8 @@ def gather_covariances(
     matrices = frozenset(name for name in index.names if len(index.tensors[name].shape) > 1)
     with (
         deterministic(),
-        CovarianceWriter(path, matrices) as writer,
         BlockWalk(index, windows, device=device, dtype=dtype, weights=weights, batch=batch) as walk,
+        CovarianceWriter(path, matrices, _stacked(walk)) as writer,
     ):
         for at, block in enumerate(walk):
             told = partial(_tell, progress, at, max(len(walk), at + 1), walk.batches, block.name)
@@ -71,6 +73,18 @@ def gather_covariances(
         tables = {name for module in embeddings for name in walk.hollow.names(module)}
         for name in sorted(matrices - writer.known):
             writer.refuse(name, _EMBEDDING if name in tables else "it lies outside the blocks of the network")
+
+
+def _stacked(walk: BlockWalk) -> dict[str, int]:
+    """The tensors of the checkpoint that may stack experts, and how many."""
+    return {
+        name: len(parameter)
+        for module in walk.network.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3
+        for name, place in walk.hollow.stored(module, key)
+        if place.expert is None
+    }
 
 
 def _tell(progress: Progress, at: int, blocks: int, batches: int, name: str, batch: int) -> None:
@@ -114,6 +128,15 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
+class _Stack:
+    """The experts of one tensor: how many it has, those that saw tokens, and its orientation."""
+
+    count: int
+    transposed: bool
+    grams: dict[int, Gram]
+
+
+@dataclass
 class _Use:
     """A matrix's part in a statistic: how many tokens it saw itself, and its orientation."""
 
@@ -134,6 +157,7 @@ class _BlockInputs:
         self._seen: dict[int, tuple[torch.Tensor, int, Gram]] = {}
         self._reasons: dict[str, str] = {}
         self._by_expert: dict[tuple[nn.Module, str], dict[int | None, tuple[str, ...]]] = {}
+        self._stacks: dict[str, _Stack] = {}
 
     def __enter__(self) -> Self:
         for module in self._block.module.modules():
@@ -174,6 +198,8 @@ class _BlockInputs:
                 shared.setdefault(id(use.gram), {})[names] = use
         for users in shared.values():
             self._write_one(writer, users)
+        for name in sorted(mine.intersection(self._stacks) - again):
+            self._write_stack(writer, name, self._stacks[name])
         for name in sorted(mine - writer.known):
             writer.refuse(name, self._reasons.get(name, "no layer that multiplies with it was called"))
 
@@ -190,6 +216,14 @@ class _BlockInputs:
         if not gram.finite:
             raise NonFiniteWeights("its inputs are not numbers", where=key)
         writer.write(key, gram.size, gram.panels(), members)
+
+    def _write_stack(self, writer: CovarianceWriter, name: str, stack: _Stack) -> None:
+        for expert, gram in sorted(stack.grams.items()):
+            if not gram.finite:
+                raise NonFiniteWeights(f"the inputs of expert {expert} are not numbers", where=name)
+            writer.write_expert(name, expert, gram.size, gram.panels())
+        tokens = (stack.grams[at].tokens if at in stack.grams else 0 for at in range(stack.count))
+        writer.stack(name, tokens, transposed=stack.transposed)
 
     def _names(self, module: nn.Module, key: str, expert: int | None = None) -> tuple[str, ...]:
         slot = (module, key)
@@ -225,10 +259,20 @@ class _BlockInputs:
         if call is None or not self._experts[module]:
             return
         for expert, tokens in call.routed():
-            if names := self._names(module, call.first, expert):
-                self._add(names, tokens)
-            if names := self._names(module, SECOND, expert):
-                self._add(names, call.between(expert, tokens))
+            self._add_expert(module, call, call.first, (expert, tokens))
+            if self._names(module, SECOND, expert) or self._names(module, SECOND):
+                self._add_expert(module, call, SECOND, (expert, call.between(expert, tokens)))
+
+    def _add_expert(self, module: nn.Module, call: Experts, key: str, routed: tuple[int, torch.Tensor]) -> None:
+        """Tokens of one expert's matrix, which has tensors of its own in the checkpoint or is a slice of one."""
+        expert, x = routed
+        if names := self._names(module, key, expert):
+            self._add(names, x)
+        for name in self._names(module, key):
+            stack = self._stacks.setdefault(name, _Stack(call.count, call.transposed, {}))
+            if expert not in stack.grams:
+                stack.grams[expert] = Gram(x.shape[-1], x.device)
+            stack.grams[expert].add(x)
 
     def _explain(self, module: nn.Module, *, known: bool) -> None:
         """Reasons for the tensors of a module with stacked parameters, should nothing be summed up of them."""
@@ -238,10 +282,10 @@ class _BlockInputs:
             for name, place in self._walk.hollow.stored(module, key):
                 if not known:
                     reason = f"{type(module).__name__} is not known to be linear layers"
-                elif place.expert is None:
-                    reason = "one tensor holds all experts, each of which has inputs of its own"
+                elif parameter.ndim < 3:
+                    reason = _BIAS
                 else:
-                    reason = "no token was routed to its expert"
+                    reason = "no token was routed to its expert" + ("s" if place.expert is None else "")
                 self._refuse((name,), reason)
 
     def _add(

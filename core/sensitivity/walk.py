@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from core.networks import causality_probe, check_causal, check_token_ids, forwar
 from core.sensitivity.collector import head_of
 from core.storage.checkpoint import CheckpointIndex
 
+DICTS = (dict, UserDict)  # in which blocks leave things for each other
 _BATCH_TOKENS = {"cpu": 1024}
 _BATCH_TOKENS_ELSEWHERE = 8192
 _HERE = threading.local()
@@ -51,11 +53,15 @@ class _Abandoned(BaseException):
     """Unwinds a batch that nobody waits for any more; no `except Exception` of a model may catch it."""
 
 
-class _Lane:
-    """A forward pass in a thread that runs only while `go` waits for it. `call`: what it waits for, None at its end."""
+class Lane:
+    """A forward pass in a thread that runs only while `go` waits for it. `call`: what it waits for, None at its end.
 
-    def __init__(self, forward: Callable[[], None]) -> None:
+    `keeps`: whether `kept` has what the pass made, when it has ended.
+    """
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
         self.call: Call | None = None
+        self.keeps, self.kept = False, None
         self._forward = forward
         self._calls: SimpleQueue[Call | BaseException | None] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
@@ -94,7 +100,9 @@ class _Lane:
         torch.set_num_threads(1)
         try:
             with torch.no_grad():
-                self._forward()
+                made = self._forward()
+                self.kept = made if self.keeps else None
+                del made
         except _Abandoned:
             return
         except BaseException as error:  # noqa: BLE001  raised where it is waited for
@@ -192,8 +200,8 @@ class BlockWalk:
         self._index, self.device = index, device
         self._blocks, self._head = blocks_of(self.network)
         self._names = {module: name for name, module in self.network.named_modules()}
-        self._lanes: list[_Lane] = []
-        self._probe: _Lane | None = None
+        self._lanes: list[Lane] = []
+        self._probe: Lane | None = None
         self._borrowed: list[nn.Module] = []
 
     def __enter__(self) -> Self:
@@ -213,6 +221,10 @@ class BlockWalk:
     @property
     def batches(self) -> int:
         return len(self._ids)
+
+    def split(self, ids: Iterable[torch.Tensor]) -> None:
+        """Other batches, before it begins: the token ids (sequences, length) of each, all of them in the windows."""
+        self._ids = tuple(ids)
 
     def __len__(self) -> int:
         """How many blocks come, if every one is called once."""
@@ -263,14 +275,24 @@ class BlockWalk:
         """Let a batch go on to its next block."""
         self._advance(self._lanes[batch], output, used)
 
+    def conclude(self, batch: int, output: Any) -> torch.Tensor:
+        """The logits that the network makes of what its head answered a batch, which ends; where that answer lies."""
+        lane = self._lanes[batch]
+        lane.keeps = True
+        self._go(lane, output)
+        logits, lane.kept = lane.kept, None
+        if not isinstance(logits, torch.Tensor):
+            raise self._different_ways()
+        return logits
+
     def _called(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        lane: _Lane | None = getattr(_HERE, "lane", None)
+        lane: Lane | None = getattr(_HERE, "lane", None)
         return module._call_impl(*args, **kwargs) if lane is None else lane.ask(Call(module, args, kwargs))
 
     def _depart(self) -> None:
         threads = torch.get_num_threads()
-        self._probe = _Lane(self._probing)
-        self._lanes = [_Lane(partial(self._passing, ids)) for ids in self._ids]
+        self._probe = Lane(self._probing)
+        self._lanes = [Lane(partial(self._passing, ids)) for ids in self._ids]
         try:
             for lane in (self._probe, *self._lanes):
                 self._go(lane)
@@ -280,8 +302,8 @@ class BlockWalk:
     def _probing(self) -> None:
         check_causal(self._index, next_token_logits(self.network, causality_probe(self.network)))
 
-    def _passing(self, ids: torch.Tensor) -> None:
-        next_token_logits(self.network, ids)
+    def _passing(self, ids: torch.Tensor) -> torch.Tensor:
+        return next_token_logits(self.network, ids)
 
     def _run_ahead(self, module: nn.Module) -> None:
         """Take the two short sequences that tell whether the network is causal one block further."""
@@ -294,14 +316,14 @@ class BlockWalk:
         if isinstance(came, torch.Tensor) and came.ndim == 3 and came.shape[:2] == (2, 2) and came.is_floating_point():
             check_causal(self._index, came)
 
-    def _advance(self, lane: _Lane, output: Any, used: Call) -> None:
+    def _advance(self, lane: Lane, output: Any, used: Call) -> None:
         _write_back(_call_of(lane), used)
         output = _moved(output, "cpu")
         del used
         self._go(lane, output)
 
     @torch.no_grad()
-    def _go(self, lane: _Lane, answer: Any = None) -> None:
+    def _go(self, lane: Lane, answer: Any = None) -> None:
         """To the next block; what is called on the way gets its weights, and keeps them until all batches have come."""
         with forward_pass(self._index):
             lane.go(answer)
@@ -310,7 +332,11 @@ class BlockWalk:
             self.hollow.materialise(call.module)
             self._borrowed.append(call.module)
             with forward_pass(self._index):
-                lane.go(call.module(*call.args, **call.kwargs))
+                lane.go(self._answer_outside(lane, call))
+
+    def _answer_outside(self, _lane: Lane, call: Call) -> Any:
+        """What a module answers that is neither a block nor in one; it has its weights, on the CPU."""
+        return call.module(*call.args, **call.kwargs)
 
     def _give_back(self) -> None:
         while self._borrowed:
@@ -335,7 +361,7 @@ class BlockWalk:
             lane.stop()
 
 
-def _call_of(lane: _Lane) -> Call:
+def _call_of(lane: Lane) -> Call:
     if lane.call is None:
         raise BitmillError("a batch that has ended was asked for its call")
     return lane.call
@@ -382,7 +408,7 @@ def _moved(value: Any, device: str) -> Any:
     """A copy of nested arguments whose tensors are on the device; other objects are passed as they are."""
     if isinstance(value, torch.Tensor):
         return value.to(device, copy=True)
-    if isinstance(value, dict):
+    if isinstance(value, DICTS):
         moved = copy.copy(value)
         for key, item in value.items():
             moved[key] = _moved(item, device)
@@ -396,7 +422,7 @@ def _moved(value: Any, device: str) -> Any:
 def _write_back(call: Call, used: Call) -> None:
     """What a block left for later ones in a dict among its arguments."""
     for kept, changed in zip((*call.args, *call.kwargs.values()), (*used.args, *used.kwargs.values()), strict=True):
-        if isinstance(kept, dict):
+        if isinstance(kept, DICTS):
             for key, item in changed.items():
                 if item is not kept.get(key):
                     kept[key] = _moved(item, "cpu")

@@ -18,7 +18,7 @@ from core.errors import BitmillError, InvalidCheckpoint
 from core.formats import integer
 from core.formats.block_types import BLOCK_TYPES
 from core.formats.elements import element_table, shared_weights, stored_codes
-from core.formats.stored import group_of, matrix_shape, plane_places, planes, scale_shape, stored_parts
+from core.formats.stored import code_count, group_of, matrix_shape, plane_places, planes, scale_shape, stored_parts
 from core.recipe.tensor_format import TensorFormat
 from core.tensors import outliers, rotation
 from core.tensors.block_types import rows
@@ -31,6 +31,7 @@ from core.tensors.kernels import cpu, cpu_packing, gpu
 from core.tensors.packing import unpack_planes
 from core.tensors.row_codebooks import decode_rows, decoded_values
 from core.tensors.scale_formats import decoded_scales, undo_double
+from core.tensors.vector_grid import values_of
 
 _KERNEL_CODES = 256
 
@@ -96,7 +97,9 @@ class EncodedTensor:
 
     @property
     def codebook(self) -> torch.Tensor | None:
-        """The stored table of a codebook format: fp32, or fp16 (rows, codes) where every row has its own."""
+        """The stored table of a codebook format: fp32; fp16 (rows, codes) where every row has its own, fp16 (codes,
+        numbers of a vector) of a grid of vectors.
+        """
         return self.stored.get("codebook")
 
     @property
@@ -163,7 +166,8 @@ class EncodedTensor:
     def _dense(self, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         """All elements, flat, before rotation and outliers."""
         by_rows = self.format.has_row_codebooks
-        is_plain_on_gpu = self.codes.device.type == "cuda" and self.coded is None and not by_rows
+        is_scalar = not by_rows and not self.format.is_vector_grid
+        is_plain_on_gpu = self.codes.device.type == "cuda" and self.coded is None and is_scalar
         found = gpu.decode(self, dtype) if is_plain_on_gpu else None
         if found is not None:
             return found
@@ -203,8 +207,10 @@ class EncodedTensor:
 
     @property
     def group(self) -> int:
-        """Codes that are packed together: pieces begin at multiples of this."""
-        return 1 if self.format.is_block_type or self.format.entropy_code else group_of(self.format.codes)
+        """Elements whose codes are packed together: pieces begin at multiples of this."""
+        if self.format.is_block_type or self.format.entropy_code:
+            return 1
+        return group_of(self.format.codes) * self.format.vector
 
     def decode_piece(self, grid: BlockGrid, piece: Piece) -> torch.Tensor:
         """The flat elements of a piece, fp32, before rotation and outliers."""
@@ -219,7 +225,8 @@ class EncodedTensor:
         elif self._has_kernel and out.dtype in cpu.OUTPUTS:
             cpu.decode(codes, self.table, scales, *grid.kernel_blocks, out)
         else:
-            out.copy_(grid.from_blocks(grid.to_blocks(self._values(codes)) * scales[:, None]))
+            values = values_of(codes, self.table, out.numel())
+            out.copy_(grid.from_blocks(grid.to_blocks(values) * scales[:, None]))
 
     @cached_property
     def _outlier_places(self) -> torch.Tensor:
@@ -235,36 +242,35 @@ class EncodedTensor:
         return flat
 
     def all_codes(self) -> torch.Tensor:
-        """The stored code of every element, flat."""
+        """The stored code of every element or vector, flat."""
         pieces = [self._piece_codes(piece) for piece in self.grid.pieces(self.group)]
         return torch.cat(pieces or [self.codes[:0]])
 
     def _piece_codes(self, piece: Piece) -> torch.Tensor:
         if self.coded is not None:
             return self.coded.indices[piece.start : piece.stop].to(self.codes.device)
-        count, radix = piece.stop - piece.start, self.format.codes
-        places = plane_places(radix, self.elements, piece.start)
+        fmt, radix = self.format, self.format.codes
+        count = code_count(fmt, piece.stop - piece.start)
+        places = plane_places(radix, code_count(fmt, self.elements), piece.start // fmt.vector)
         sizes = [plane.nbytes(count) for plane in planes(radix)]
         pieces = [self.codes[at : at + size] for at, size in zip(places, sizes, strict=True)]
-        if self._has_kernel:
+        if self.codes.device.type == "cpu" and radix <= _KERNEL_CODES:
             return cpu_packing.unpack_planes(pieces, radix, count)
         return unpack_planes(pieces, radix, count)
 
     @property
     def _has_kernel(self) -> bool:
+        if self.format.is_vector_grid:
+            return False
         if self.coded is None:
             return self.codes.device.type == "cpu" and self.format.codes <= _KERNEL_CODES
         return self.codes.device.type == "cpu" and self.coded.is_byte and self.table.numel() <= _KERNEL_CODES
-
-    def _values(self, codes: torch.Tensor) -> torch.Tensor:
-        """Table values of codes, fp32; codes beyond the table take its last value (hostile bytes cannot read there)."""
-        return torch.index_select(self.table, 0, codes.int().clamp_(max=self.table.numel() - 1))
 
     @cached_property
     def table(self) -> torch.Tensor:
         """Values by stored code, fp32: the stored codebook, or a number's patterns, 0 for those that are no number.
 
-        Where every row has its own, (rows, codes).
+        Where every row has its own, (rows, codes); of a grid of vectors (codes, numbers of a vector).
         """
         if self.codebook is not None:
             return self.codebook.float()

@@ -2,8 +2,9 @@
 
 Data-aware rounding chooses codes column by column while what is stored around them stands still. Promise: `encoded` of
 the nearest indices is, bit for bit, what `encode_nearest` makes (but under dq8, where that rounds by the scales before
-they are quantised themselves), and a code stands for fl32(value * scale), as it is
-decoded. Formats whose weights are not each a value of one table times a scale have no frame: InvalidFormat.
+they are quantised themselves, and of fp64 weights, which that rounds to fp32 first), and a code stands for fl32(value *
+scale), as it is decoded. Formats whose weights are not each a value of one table times a scale have no frame:
+InvalidFormat.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _BYTE = 256
 
 @dataclass(frozen=True)
 class Frame:
-    """`matrix`: the weights as they are coded, fp32 (rows, columns), rotated where the format rotates. `scales`: as
-    decoded, fp32 (rows, blocks of a row); column j lies in block j // width. `table`: values and limits for scale 1.
+    """`matrix`: the weights as they are coded, fp32 (rows, columns), rotated where the format rotates; fp64 of fp64
+    weights that are not rotated. `scales`: as decoded, fp32 (rows, blocks of a row); column j lies in block j // width.
+    `table`: values and limits for scale 1.
     """
 
     format: TensorFormat
@@ -64,7 +66,7 @@ class Frame:
             format=fmt,
             shape=shape,
             dtype=dtype,
-            matrix=flat.float().reshape(rows, columns),
+            matrix=(flat if flat.dtype is torch.float64 else flat.float()).reshape(rows, columns),
             table=encoder.table,
             scales=factors.reshape(rows, 1 if grid.one_scale else grid.blocks_per_row),
             width=columns if grid.one_scale else grid.width,
@@ -115,6 +117,8 @@ def require_frame(fmt: TensorFormat) -> None:
         reason = "a grid, whose step follows from its codes"
     elif fmt.has_row_codebooks:
         reason = "a codebook of every row"
+    elif fmt.is_vector_grid:
+        reason = "codes that stand for several weights at once"
     elif fmt.outlier_rule or fmt.is_unbiased:
         reason = "outliers or corrected scales"
     if reason:

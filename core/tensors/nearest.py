@@ -18,9 +18,17 @@ import torch
 
 from core.errors import BitmillError, InvalidFormat, NonFiniteWeights
 from core.formats.elements import element_table, is_open, shared_weights
-from core.formats.stored import group_of, matrix_shape, packed_bytes, plane_places, scale_shape, stored_parts
+from core.formats.stored import (
+    code_count,
+    group_of,
+    matrix_shape,
+    packed_bytes,
+    plane_places,
+    scale_shape,
+    stored_parts,
+)
 from core.recipe.tensor_format import TensorFormat
-from core.tensors import outliers, rotation
+from core.tensors import outliers, rotation, vector_grid
 from core.tensors.block_types import rows
 from core.tensors.blocks import BlockGrid, Piece
 from core.tensors.coded import HEAD_BYTES, as_part, shortest_form
@@ -165,6 +173,8 @@ class Encoder:
 
     def parts(self) -> Parts:
         """What is stored of the dense tensor."""
+        if self.fmt.is_vector_grid:
+            return self._by_vectors()
         made = self._on_grid() if self.fmt.is_grid else self._coded()
         return made | self.table_parts()
 
@@ -184,6 +194,13 @@ class Encoder:
         codebook = row_codebooks(self.flat, self.grid, factors, self.fmt.codes, **given)
         codes = self._packed(lambda piece: nearest_codes(self.flat, self.grid, piece, factors, codebook))
         return {"codes": codes, "codebook": codebook, **stored}
+
+    def _by_vectors(self) -> Parts:
+        """The same where several weights share a code."""
+        stored, factors = self._scales(searched=False)
+        points = vector_grid.codebook_of(self.fmt, self.flat.device)
+        codes = self._packed(lambda piece: vector_grid.nearest_codes(self.flat, self.grid, piece, factors, points))
+        return {"codes": codes, "codebook": points, **stored}
 
     def _coded(self) -> Parts:
         """Codes and scales, in one pass where there is one; fp16's range is checked by the statistics."""
@@ -269,15 +286,16 @@ class Encoder:
 
     def _packed(self, planes_of: Callable[[Piece], list[torch.Tensor]]) -> torch.Tensor:
         """The packed planes of all pieces, put together."""
-        count = self.grid.elements
-        packed = torch.empty(packed_bytes(self.fmt.codes, count), dtype=torch.uint8, device=self.flat.device)
+        radix, vector = self.fmt.codes, self.fmt.vector
+        count = code_count(self.fmt, self.grid.elements)
+        packed = torch.empty(packed_bytes(radix, count), dtype=torch.uint8, device=self.flat.device)
 
         def place(piece: Piece) -> None:
-            places = plane_places(self.fmt.codes, count, piece.start)
+            places = plane_places(radix, count, piece.start // vector)
             for target, plane in zip(places, planes_of(piece), strict=True):
                 packed[target : target + plane.numel()] = plane
 
-        self.passes.over(place, self.grid.pieces(group_of(self.fmt.codes)))
+        self.passes.over(place, self.grid.pieces(group_of(radix) * vector))
         return packed
 
 

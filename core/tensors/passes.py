@@ -66,7 +66,7 @@ class Passes(Protocol):
 
 def passes_for(flat: torch.Tensor, fmt: TensorFormat, shape: tuple[int, ...]) -> Passes:
     """The passes over a flat tensor of that shape."""
-    if flat.device.type == "cpu" and cpu.supports(flat.dtype, 0 if fmt.is_grid else fmt.codes):
+    if flat.device.type == "cpu" and cpu.supports(flat.dtype, 0 if fmt.is_grid or fmt.is_vector_grid else fmt.codes):
         return Compiled(flat.contiguous(), fmt, shape)
     return (OnGpu if flat.device.type == "cuda" else Reference)(flat, fmt, shape)
 

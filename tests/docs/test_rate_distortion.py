@@ -55,6 +55,7 @@ def test_every_format_of_the_catalogue_was_measured_on_every_source() -> None:
         "lloyd3@tensor:rms+outliers0.01",
         "grid3@tensor:rms",
         "int4@64+rans",
+        "higgs4-p2@1024+hadamard",
     ],
 )
 def test_a_number_is_what_the_coder_gives_now(name: str) -> None:
@@ -99,7 +100,7 @@ def test_grids_with_one_scale_take_the_bits_asked_for_and_err_as_an_ideal_code_w
         assert -0.08 < above < (0.005 if row.bits < 5 else 0.02)
         assert 0.22 < SCRIPT.gap(row, LIMITS) < SPACE_FILLING + 0.02
         if parse(row.name).bits in SCRIPT.BUDGETS:
-            assert row.r < 0.81 * SCRIPT.best_of_fixed_length(ROWS, source, parse(row.name).bits).r
+            assert row.r < 0.82 * SCRIPT.best_of_fixed_length(ROWS, source, parse(row.name).bits).r
 
 
 def test_an_entropy_code_changes_bits_and_no_error_and_leaves_all_others_above_the_grid() -> None:
@@ -129,6 +130,13 @@ def test_heavy_tails_make_one_scale_worse_than_blocks_and_rotation_or_outliers_m
     assert r["lloyd4@tensor:rms"] > r["t_4@64"]
     assert r["normal4@tensor:rms+rotate"] < r["t_4@64"]
     assert r["lloyd4@tensor:rms+outliers0.01"] < r["t_4@64"]
+
+
+@pytest.mark.parametrize(("name", "published"), [("higgs2-p2", 0.1078), ("higgs4-p2", 0.00775), ("higgs3-p4", 0.0256)])
+def test_grids_of_vectors_have_their_published_error_on_every_source(name: str, published: float) -> None:
+    for source in SCRIPT.SOURCES:
+        row = next(one for one in ROWS if (one.source, one.name) == (source, f"{name}@1024+hadamard"))
+        assert row.r**2 == pytest.approx(published, rel=0.015)
 
 
 @pytest.mark.parametrize("source", list(SCRIPT.SOURCES))

@@ -38,6 +38,7 @@ KINDS = {3: ROWS, 4: COLUMNS}  # of coded data: those of `layout` are sequences
 _NEARBY = 512  # numbers farther out are taken for the farthest when classes are chosen
 _FLOOR = 2.0**-16  # of probabilities
 _NAMED = {"normal", "laplace"}  # families of classes that files need not describe
+_HEAD_BITS = 32  # of a model of frequencies, at least
 _CLASS_BITS, _MODEL_BITS = 8 * STORED_BYTES, 400  # of one more model: of such a class, and about, of any other
 Doubles = NDArray[np.float64]
 
@@ -156,12 +157,24 @@ def _model(codes: Numbers) -> SymbolModel:
     from core.tensors.entropy.windows import counted
 
     values, counts = counted(codes)
-    own, named = model_of_counts(values, counts), nearest_class(values, counts)
+    named = nearest_class(values, counts)
+    if named is not None and total_bits(named, values, counts) <= _least_bits(counts):
+        return named
+    own = model_of_counts(values, counts)
     if named is None:
         return own
     std = float(np.sqrt(np.dot(counts, values.astype(np.float64) ** 2) / counts.sum()))
     family = parametric_model("normal", std, weight=int(counts.sum()))
     return min((named, own, family), key=lambda model: total_bits(model, values, counts))
+
+
+def _least_bits(counts: Longs) -> float:
+    """What a model of frequencies, which is no class, takes at least: the entropy, its head, a bit for each symbol.
+
+    A number without a symbol takes more than the bit of one.
+    """
+    entropy = float((counts * (np.log2(counts.sum()) - np.log2(counts))).sum())
+    return entropy + _HEAD_BITS + counts.size - 1
 
 
 def class_bits(lines: Numbers) -> float:

@@ -201,6 +201,18 @@ def test_a_candidate_that_answers_no_numbers_is_an_error_not_a_result() -> None:
         evaluate(Bigram(50, 8, 0), broken, windows(1, 8, 50), unheard)
 
 
+def test_a_reference_that_answers_no_numbers_is_an_error_too() -> None:
+    p, q = random_logits(3, 10, 0), random_logits(3, 10, 1)
+    p[1, 4] = math.nan
+    assert kl_from_logits(p, q).isnan().tolist() == [False, True, False]
+    assert kl_from_logits(p.float(), q.float()).isnan().tolist() == [False, True, False]
+    broken = Bigram(50, 8, 0)
+    with torch.no_grad():
+        broken.head.weight[3, 2] = math.nan
+    with pytest.raises(NonFiniteWeights):
+        evaluate(broken, Bigram(50, 8, 0), windows(1, 8, 50), unheard)
+
+
 def test_a_perplexity_beyond_the_numbers_of_fp64_is_the_largest_that_can_be_written() -> None:
     assert math.isfinite(divergence._perplexity(torch.full((4,), 1e6, dtype=torch.float64)))
     assert divergence._perplexity(torch.full((4,), 2.0, dtype=torch.float64)) == pytest.approx(math.exp(2))

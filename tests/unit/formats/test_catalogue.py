@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from core.formats.block_types import BLOCK_TYPES
@@ -32,7 +33,7 @@ def test_a_format_is_described_in_numbers(entry: dict[str, str]) -> None:
     if fmt.is_grid:
         assert shown["bits_per_param"] == fmt.bits
     elif not fmt.is_block_type:
-        assert shown["bits_per_param"] == packed_bits(fmt.codes) + scale_bits(fmt) / int(fmt.granularity)
+        assert shown["bits_per_param"] == packed_bits(fmt.codes) / fmt.vector + scale_bits(fmt) / int(fmt.granularity)
 
 
 def test_the_catalogue_says_which_statistics_and_scale_formats_a_family_takes() -> None:
@@ -42,6 +43,8 @@ def test_the_catalogue_says_which_statistics_and_scale_formats_a_family_takes() 
     assert entries["float"]["scale_formats"] == list(SCALE_FORMATS)
     assert entries["bof"]["statistics"] == ["absmax", "signmax", "search", "signmax-search"]
     assert entries["af"]["statistics"] == ["absmax", "search"]
+    assert entries["higgs"]["statistics"] == ["rms"]
+    assert entries["higgs"]["scale_formats"] == ["bf16", "fp16", "fp32"]
     assert "e8m0-even" not in entries["nf"]["scale_formats"]
 
 
@@ -95,6 +98,16 @@ def test_a_grid_is_shown_with_the_step_that_normal_weights_would_have() -> None:
     assert steps == pytest.approx([0.52243324] * len(steps))
     assert 0.0 in shown["codebook"]
     assert shown["codebook"][-1] == -shown["codebook"][0] > 4 - 0.53
+
+
+def test_a_grid_of_vectors_is_shown_by_its_points_as_they_are_stored() -> None:
+    shown = describe(parse("higgs2.333-p3@64+outliers0.0009765625"))
+    assert (shown["element_bits"], shown["scale_bits"]) == (7 / 3, 16.0)
+    assert shown["bits_per_param"] == 7 / 3 + 16 / 64 + 28 / 1024
+    assert {len(point) for point in shown["codebook"]} == {3}
+    assert len(shown["codebook"]) == 128
+    assert all(number == np.float16(number) for point in shown["codebook"] for number in point)
+    assert f"{16 * 3 * 128} bits a tensor" in shown["not_counted"]
 
 
 def test_what_an_entropy_code_saves_is_not_counted() -> None:

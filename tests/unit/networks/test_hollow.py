@@ -12,7 +12,7 @@ from torch import nn
 
 from core.errors import BitmillError, InvalidCheckpoint
 from core.hollow import HollowNetwork
-from core.networks import load_network
+from core.networks import load_network, tensor_names
 from tests.unit.networks.conftest import KINDS, opened, saved
 
 
@@ -39,6 +39,7 @@ def test_what_is_materialised_and_every_buffer_is_as_in_the_network_that_is_load
         name: one.sum() for name, one in whole.named_parameters()
     }
     assert made.names(made.network) == opened(tmp_path).names
+    assert made.tensor_names == tensor_names(whole)
     made.release(made.network)
     assert not held(made.network)
 

@@ -35,6 +35,8 @@ FORMATS = [
     "nf4@64+opq0.95",
     "int4@64+threshold2.5+hadamard",
     "q4_k",
+    "higgs2.5-p2@64",
+    "higgs2.333-p3@channel+outliers0.01+rotate",
     "grid4@tensor",
     "grid4.5@32:absmax:e4m3+outliers0.01+hadamard+huffman",
     "t7_4@64:signmax+rans",

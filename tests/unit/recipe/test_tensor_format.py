@@ -22,8 +22,11 @@ from core.recipe.format_names import (
     SCALE_BITS,
     SCALE_FORMATS,
     STATISTICS,
+    VECTOR_FAMILY,
+    VECTOR_MODES,
 )
 from core.recipe.recipe import load_recipe
+from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import TensorFormat, parse
 
 CONTRACT = [
@@ -62,6 +65,7 @@ CONTRACT = [
     "grid4.5@32:absmax:e4m3+huffman",
     "int4@64+huffman",
     "t7_4@64:signmax+opq0.95+rans",
+    "higgs2-p2@1024+hadamard",
 ]
 
 
@@ -77,7 +81,7 @@ def options(draw: st.DrawFn) -> str:
 @st.composite
 def formats(draw: st.DrawFn) -> TensorFormat:
     """Any format that exists: drawn field by field, without those that the class refuses."""
-    family = draw(st.sampled_from(["int", "float", GRID_FAMILY, *CODEBOOKS]))
+    family = draw(st.sampled_from(["int", "float", GRID_FAMILY, VECTOR_FAMILY, *CODEBOOKS]))
     fields: dict[str, Any] = {
         "family": family,
         "granularity": draw(st.sampled_from(["tensor", "channel"]) | st.integers(1, 1 << 20)),
@@ -86,6 +90,7 @@ def formats(draw: st.DrawFn) -> TensorFormat:
         "options": tuple(draw(st.lists(options(), max_size=3))),
     }
     modes = ["", "", "sym", "asym", "mx", "l1", "s", "mae", "s-mae", "mse", "opt", "weighted", "power", "nu4", "nu5.0"]
+    modes += VECTOR_MODES if family == VECTOR_FAMILY else ()
     fields |= {"bits": draw(st.integers(2, 16) | st.floats(2, 8)), "mode": draw(st.sampled_from(modes))}
     if family == "float" and draw(st.booleans()):
         exponent, mantissa = draw(st.integers(2, 5)), draw(st.integers(0, 7))
@@ -163,6 +168,9 @@ def test_the_examples_of_the_contract_are_read(text: str) -> None:
         ("grid3.50@64:fp16+huffman+hadamard", "grid3.5@64:rms:fp16+hadamard+huffman"),
         ("grid3@channel:absmax+rans+outliers0.01", "grid3@channel:absmax:bf16+outliers0.01+rans"),
         ("int4@64+ransx077", "int4-asym@64:absmax:bf16+ransx77"),
+        ("higgs3@1024", "higgs3-p2@1024:rms:fp16+hadamard"),
+        ("higgs3.0-p1@channel:bf16+rotate", "higgs3-p1@channel:rms:bf16+rotate"),
+        ("higgs2-p4@64+hadamard+outliers1e-3", "higgs2-p4@64:rms:fp16+outliers0.001+hadamard"),
     ],
 )
 def test_what_is_left_out_has_a_default_that_fits(short: str, full: str) -> None:
@@ -283,6 +291,18 @@ def test_widths_begin_at_three_where_clipped_block_maxima_make_two_useless() -> 
         ("q4_k+rans", "takes no options", "q4_k"),
         ("int4@64+rans5", "no option 'rans5'", "rans"),
         ("int4@64+ransx", "no option 'ransx'", "rans"),
+        ("higgs3-p7@64", "higgs has no mode 'p7'", "-p6"),
+        ("higgs@64", "not a family, bits and mode", "higgs3-p2"),
+        ("higgs4-p4@64", "65536 points", "3 bits at most for p4"),
+        ("higgs11-p1@64", "2048 points", "10 bits at most for p1"),
+        ("higgs16-p6@64", "points", "2 bits at most for p6"),
+        ("higgs0.5-p6@64", "0.5 bits", "1 to 16"),
+        ("higgs3@64:absmax", "not absmax", "rms"),
+        ("higgs3@64:rms-search", "not rms-search", "rms"),
+        ("higgs3@64:e4m3", "with e4m3 scales", "fp16"),
+        ("higgs3@64+rans", "a fixed length", "grid3@tensor"),
+        ("higgs3@64+columns", "scales of columns", "grid3@tensor+columns"),
+        ("higgs3@64+hadamard+rotate", "more than one rotation", "hadamard or rotate"),
         ("", "no element format", "known"),
         ("@:+", "no element format", "known"),
     ],
@@ -329,7 +349,7 @@ def test_any_other_text_is_a_format_or_an_error_of_ours(text: str) -> None:
 
 @given(
     st.from_regex(
-        r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd|grid)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}"
+        r"(int|float|t|t5_|normal|nf|laplace|power|sf|af|bof|lloyd|grid|higgs)[0-9.]{1,9}(_e[0-9]{1,4}m[0-9]{1,4})?@[a-z0-9:+.-]{0,20}"
     )
 )
 def test_texts_that_are_nearly_formats_never_fail_in_another_way(text: str) -> None:
@@ -383,6 +403,31 @@ def test_widths_of_a_grid_are_half_steps_above_what_its_scales_take() -> None:
     assert parse("grid3@tensor").with_bits(7.13) == parse("grid7.13@tensor")
     with pytest.raises(InvalidFormat):
         parse("grid5@16").with_bits(1)
+
+
+@pytest.mark.parametrize("mode", VECTOR_MODES)
+def test_widths_of_a_grid_of_vectors_are_those_with_a_power_of_two_of_points(mode: str) -> None:
+    fmt, vector = parse(f"higgs2-{mode}@64"), int(mode[1:])
+    found = {fmt.with_bits(bits).codes for bits in fmt.allowed_widths()}
+    assert found == {2**k for k in range(2 * vector, min(12, 8 * vector) + 1)}
+    assert {fmt.with_bits(bits).vector for bits in fmt.allowed_widths()} == {vector}
+    assert max(2 * codes * vector for codes in found) <= 1 << 16
+
+
+def test_a_grid_of_vectors_has_a_code_for_several_weights() -> None:
+    fmt = parse("higgs2.333-p3@64")
+    assert (fmt.codes, fmt.vector, fmt.is_vector_grid, fmt.is_codebook, fmt.fitted) == (128, 3, True, False, None)
+    assert fmt.element_bits == pytest.approx(7 / 3)
+    assert parse("int4@64").vector == 1
+
+
+@pytest.mark.parametrize("name", sorted({*RoundingSpec.KNOWN} - {"nearest"}))
+def test_methods_that_round_weights_one_by_one_refuse_a_grid_of_vectors(name: str) -> None:
+    fmt = parse("higgs3@1024")
+    assert RoundingSpec(name="nearest").stored_format(fmt) == fmt
+    with pytest.raises(InvalidFormat, match="several share a code") as refused:
+        RoundingSpec(name=name).stored_format(fmt)
+    assert "nearest" in refused.value.hint
 
 
 def test_a_grid_whose_scales_take_nearly_all_has_its_own_width() -> None:

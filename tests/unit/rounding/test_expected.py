@@ -22,8 +22,9 @@ def weight() -> torch.Tensor:
 def cost(spec: RoundingSpec, text: str, given: Sensitivity) -> float:
     fmt = parse(text)
     rounded = round_tensor(weight(), fmt, spec, sensitivity=given, seed=0)
-    error = rounded.decode().double() - weight().double()
-    return float(((error @ given.covariance) * error).sum())
+    error, covariance = rounded.decode().double() - weight().double(), given.covariance
+    assert covariance is not None
+    return float(((error @ covariance) * error).sum())
 
 
 @pytest.mark.parametrize("kind", ["ar1_0.9", "pow1_haar", "scaled_ar1"])

@@ -32,7 +32,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def collected(network: nn.Module, forward: Callable[[], Tensor], gradient: Tensor) -> dict[str, Tensor]:
     """Row sums by parameter after one pass whose output has that gradient."""
     with Collector(network) as collector:
-        with collector.batch(0, 1):
+        with collector.batch(0):
             torch.autograd.backward([forward()], [gradient])
         return {name: one.rows.sum(0) for name, one in collector.results()}
 
@@ -179,7 +179,7 @@ def test_afterwards_no_hook_is_left_weights_are_bitwise_the_same_and_wanted_grad
 
 def test_hooks_are_gone_also_after_an_error() -> None:
     network = Tied(False)
-    with pytest.raises(IndexError), Collector(network) as collector, collector.batch(0, 1):
+    with pytest.raises(IndexError), Collector(network) as collector, collector.batch(0):
         network(torch.tensor([[99]]))
     assert not any(module._forward_hooks for module in network.modules())
 
@@ -214,7 +214,7 @@ class Neighbours(nn.Module):
 def test_a_matrix_that_cannot_be_measured_is_named_with_the_reason() -> None:
     network = Neighbours()
     with Collector(network) as collector:
-        with collector.batch(0, 1):
+        with collector.batch(0):
             network(random(1, 3, 6)).sum().backward()
         measured = [name for name, _ in collector.results()]
     assert measured == ["plain.weight"]

@@ -19,6 +19,7 @@ from core.evaluation.text import Windows
 from core.networks import load_network
 from core.sensitivity import inputs
 from core.sensitivity.covariance import Covariances, CovarianceWriter
+from core.sensitivity.experts import Experts
 from core.sensitivity.inputs import Gram, gather_covariances
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import LocalFile
@@ -245,10 +246,118 @@ def test_an_embedding_has_a_reason_and_a_tied_one_the_input_of_the_head(folder: 
 @pytest.mark.usefixtures("more_kinds")
 def test_what_cannot_be_told_apart_has_a_reason(folder: Callable[[str], Path]) -> None:
     reasons = gathered(folder("gpt_oss")).reasons
-    assert reasons["model.layers.0.mlp.experts.down_proj"] == (
-        "one tensor holds all experts, each of which has inputs of its own"
-    )
+    assert reasons["model.layers.0.mlp.experts.down_proj_bias"] == "it is added, and has no input to weigh errors by"
     assert reasons["model.layers.0.mlp.router.weight"] == "GptOssTopKRouter is neither a linear layer nor an embedding"
+
+
+def stacked_checkpoint(folder: Path, network: nn.Module) -> None:
+    """The same weights, with a tensor for all experts of a layer instead of one for each."""
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+
+
+def test_experts_in_one_tensor_have_the_statistics_that_they_have_in_tensors_of_their_own(tmp_path: Path) -> None:
+    network = saved(tmp_path / "one/model", "qwen3_moe")
+    apart = gathered(tmp_path / "one/model")
+    stacked_checkpoint(tmp_path / "one/model", network)
+    found = gathered(tmp_path / "one/model", "stacked")
+    names = {name for name in opened(tmp_path / "one/model").names if ".experts." in name}
+    assert set(found.stacked) == names
+    assert not names & (set(found.uses) | set(found.reasons))
+    for name, use in found.stacked.items():
+        matrix = "down_proj" if "down" in name else "up_proj"
+        stem = name.rpartition(".")[0]
+        assert (len(use.tokens), use.transposed) == (4, False)
+        for expert in range(4):
+            one, other = found.of_expert(name, expert), apart.of(f"{stem}.{expert}.{matrix}.weight")
+            assert one is not None
+            assert other is not None
+            assert (one.tokens, use.tokens[expert], use.inputs) == (other.tokens, other.tokens, len(other.covariance))
+            assert torch.equal(one.covariance, other.covariance)
+
+
+@pytest.mark.usefixtures("more_kinds")
+def test_experts_stacked_with_their_inputs_as_rows_have_what_plain_arithmetic_gives(
+    folder: Callable[[str], Path],
+) -> None:
+    source = folder("gpt_oss")
+    found = gathered(source, batch=SEQUENCES)
+    network = load_network(opened(source), device="cpu", dtype=torch.float32)
+    module: Any = network.get_submodule("model.layers.0.mlp.experts")
+    seen: dict[tuple[str, int], list[Tensor]] = {}
+
+    def route_rows(module: Any, args: tuple[Tensor, ...]) -> None:
+        for token, chosen in zip(args[0], args[1], strict=True):
+            for expert in chosen.tolist():
+                both = token @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+                gate, up = both[::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+                inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                seen.setdefault(("gate_up_proj", expert), []).append(rounded(token[None]))
+                seen.setdefault(("down_proj", expert), []).append(rounded(inner[None]))
+
+    module.register_forward_pre_hook(route_rows)
+    with torch.no_grad():
+        network(input_ids=windows().ids, use_cache=False)
+    for (key, expert), parts in seen.items():
+        name, x = f"model.layers.0.mlp.experts.{key}", torch.cat(parts)
+        statistics = found.of_expert(name, expert)
+        assert statistics is not None
+        assert found.stacked[name].transposed
+        assert statistics.tokens == len(x)
+        assert torch.allclose(statistics.covariance, x.T @ x / len(x), rtol=1e-3, atol=1e-6)
+
+
+def test_experts_in_one_tensor_of_which_some_saw_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "qwen3_moe", KINDS["qwen3_moe"] | {"num_experts": 6})
+    network: Any = saved(tmp_path / "model", "qwen3_moe")
+    for at, layer in enumerate(network.model.layers):
+        router = layer.mlp.gate.weight.data
+        router[1], router[2], router[3], router[4:] = router[0] / 2, -router[0], -router[0] / 2, 0
+        if at:
+            router.zero_()  # ties: the same two experts for every token
+    stacked_checkpoint(tmp_path / "model", network)
+    found = gathered(tmp_path / "model")
+    counts = {name: use.tokens for name, use in found.stacked.items()}
+    first = counts["model.layers.0.mlp.experts.down_proj"]
+    assert first[4:] == (0, 0)
+    assert sum(first) == 2 * TOKENS
+    assert found.of_expert("model.layers.0.mlp.experts.down_proj", 4) is None
+    second = counts["model.layers.1.mlp.experts.gate_up_proj"]
+    assert sorted(second) == [0, 0, 0, 0, TOKENS, TOKENS]
+    described = found.describe()["tensors"]["model.layers.1.mlp.experts.gate_up_proj"]
+    assert described["experts"] == list(second)
+    assert described["tokens"] == 2 * TOKENS
+
+
+def test_inputs_of_an_expert_that_are_not_numbers_name_its_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Experts, "answers", lambda *_: True)
+    network: Any = saved(tmp_path / "model", "qwen3_moe")
+    network.model.layers[0].mlp.experts.gate_up_proj.data[:, 0, 0] = torch.nan
+    stacked_checkpoint(tmp_path / "model", network)
+    with pytest.raises(NonFiniteWeights, match="the inputs of expert 0 are not numbers") as refused:
+        gathered(tmp_path / "model")
+    assert refused.value.where == "model.layers.0.mlp.experts.down_proj"
+
+
+def test_many_experts_fit_into_the_header_and_another_shape_is_refused(tmp_path: Path) -> None:
+    path, name, count = tmp_path / "c.safetensors", "é" * 60, 3000
+    with CovarianceWriter(path, [name], {name: count}) as writer:
+        for expert in range(count):
+            writer.write_expert(name, expert, 1, iter([torch.full((1, 1), float(expert))]))
+        writer.stack(name, [10**9] * count, transposed=True)
+    found = read(path)
+    last = found.of_expert(name, count - 1)
+    assert last is not None
+    assert (float(last.covariance), last.tokens, last.transposed) == (count - 1, 10**9, True)
+    assert found.of(name) is None
+    other = tmp_path / "d.safetensors"
+    with CovarianceWriter(other, ["a"], {"a": 2}) as writer:
+        for expert in range(2):
+            writer.write_expert("a", expert, expert + 1, iter([torch.zeros(expert + 1, expert + 1)]))
+        writer.stack("a", [1, 1], transposed=False)
+    with pytest.raises(InvalidCheckpoint, match="not a file of covariances"):
+        read(other)
 
 
 def test_experts_that_compute_something_else_are_not_taken_for_known_ones(

@@ -121,7 +121,7 @@ def test_softmax_regression_of_a_quarter_million_samples_meets_its_closed_form()
     with torch.no_grad():
         layer.weight.copy_((torch.rand(10, 16, generator=chance) - 0.5) / 2)
     x = torch.randn(1, 1 << 18, 16, generator=chance)
-    with Collector(layer) as collector, collector.batch(0, 1):
+    with Collector(layer) as collector, collector.batch(0):
         logits = layer(x)
         gradient = torch.empty_like(logits)
         with torch.no_grad():

@@ -173,6 +173,7 @@ def test_where_nothing_is_lost_statistics_are_those_of_the_reference(kind: str, 
         wanted = known.of(call.name)
         assert wanted is not None
         assert torch.equal(call.found.covariance, wanted.covariance)
+        assert call.found.transposed == wanted.transposed == (kind == "gpt2" and "c_" in call.name)
         assert call.found.cross is None
         assert not any(bool(one.any()) for one in call.found.residuals.values())
 

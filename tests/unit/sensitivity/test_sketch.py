@@ -60,7 +60,7 @@ def test_the_sum_of_an_embedding_is_the_squared_weight_gradient() -> None:
 
 def cross_of(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, seeds: list[int] | None) -> float:
     with Collector(layer) as collector:
-        with collector.batch(0, len(x), seeds):
+        with collector.batch(0, seeds):
             torch.autograd.backward([layer(x)], [g])
         ((_, measured),) = collector.results()
     return measured.cross
@@ -127,7 +127,7 @@ def test_a_bias_is_not_scaled() -> None:
     found = []
     for layer in (plain, biased):
         with Collector(layer) as collector:
-            with collector.batch(0, 2, [1, 2]):
+            with collector.batch(0, [1, 2]):
                 torch.autograd.backward([layer(x)], [g])
             found.append(dict(collector.results())["weight"])
     torch.testing.assert_close(found[0].row_scales, found[1].row_scales)

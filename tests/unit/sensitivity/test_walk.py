@@ -136,6 +136,26 @@ def test_two_walks_can_go_in_lockstep(llama: Path) -> None:
             assert all(torch.equal(first.call(at).args[0], second.call(at).args[0]) for at in range(one.batches))
 
 
+def test_the_logits_of_a_batch_are_what_the_network_makes_of_its_heads_answer(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    found: list[Tensor] = []
+    with walk_through(tmp_path, batch=1) as walk:
+        walk.split(torch.split(windows().ids, 2))
+        assert walk.batches == 3
+        outer: Any = walk.network
+        forward = outer.forward
+        outer.forward = lambda **more: _doubled(forward(**more))
+        for block in walk:
+            if walk.is_head(block.module):
+                found += [walk.conclude(at, walk.run_call(block.call(at))[0]) for at in range(walk.batches)]
+    assert torch.allclose(torch.cat(found), 2 * expected(tmp_path), rtol=1e-5, atol=1e-6)
+
+
+def _doubled(answered: Any) -> Any:
+    answered.logits = 2 * answered.logits
+    return answered
+
+
 def test_hooks_see_the_runs_of_the_caller_and_nothing_else(llama: Path) -> None:
     with walk_through(llama, batch=2) as walk:
         for block in walk:
@@ -266,10 +286,10 @@ def test_batches_that_call_blocks_in_different_orders_are_refused(llama: Path) -
         layers: Any = walk.network.get_submodule("model.layers")
         passing = walk._passing
 
-        def other_way(ids: Tensor) -> None:
+        def other_way(ids: Tensor) -> Tensor:
             if torch.equal(ids, windows().ids[2:3]):
                 layers[1](torch.zeros(1, 12, 32))
-            passing(ids)
+            return passing(ids)
 
         walk._passing = other_way  # type: ignore[method-assign]
         with pytest.raises(UnsupportedArchitecture, match="order that depends on the text"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from core.errors import BitmillError, InvalidCheckpoint
-from core.recipe.format_names import BLOCK_FAMILY, ENTROPY_CODES, FAMILIES, GRID_FAMILY
+from core.recipe.format_names import BLOCK_FAMILY, ENTROPY_CODES, FAMILIES, GRID_FAMILY, VECTOR_FAMILY
 from core.recipe.tensor_format import TensorFormat, parse
 from core.tensors import coded
 from core.tensors.coded import FORMS, HEAD_BYTES, as_part, coded_bytes, decode_by_kernel
@@ -112,7 +112,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_every_family_is_among_the_examples() -> None:
     found = {parse(text.format("64")).family for text in ELEMENTS}
-    assert found | {GRID_FAMILY} == {*FAMILIES}
+    assert found | {GRID_FAMILY, VECTOR_FAMILY} == {*FAMILIES}
     assert BLOCK_FAMILY not in found
 
 
