@@ -443,12 +443,13 @@ def test_a_name_that_is_no_preset_is_refused_with_the_nearest_one() -> None:
 
 def test_presets_differ_in_what_they_are_for() -> None:
     found = presets()
-    assert list(found) == ["default", "demo", "fast", "small"]
+    assert list(found) == ["best", "default", "demo", "fast", "small"]
     assert set(descriptions()) == set(found)
     assert all(20 < len(text) < 121 for text in descriptions().values())
     assert (found["fast"].calibration, found["fast"].evaluation) == (False, False)
     assert found["default"].canonical()["target"] == {"bits_per_param": 4.25}
     assert found["demo"].format == "t7_4@32:signmax-search:e4m3"
+    assert found["best"].rounding.is_sequential
     for recipe in found.values():
         assert load_recipe(recipe.canonical()).canonical() == recipe.canonical()
 
