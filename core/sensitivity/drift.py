@@ -25,8 +25,7 @@ from core.errors import NonFiniteWeights
 from core.sensitivity.additions import Additions
 from core.sensitivity.attention import AttentionCalls, attention_received
 from core.sensitivity.collector import recognise
-from core.sensitivity.inputs import Gram
-from core.sensitivity.products import Products
+from core.sensitivity.products import Gram, Products
 from core.sensitivity.walk import Block, BlockWalk
 
 

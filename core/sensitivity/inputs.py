@@ -12,7 +12,7 @@ element of the statistics of one block. Weights are untouched and hooks are gone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +30,12 @@ from core.sensitivity.collector import Kind, recognise
 from core.sensitivity.covariance import CovarianceWriter
 from core.sensitivity.experts import SECOND, Experts
 from core.sensitivity.fisher import deterministic
+from core.sensitivity.products import Gram
 from core.sensitivity.walk import Block, BlockWalk
 from core.storage.checkpoint import CheckpointIndex
 
 Progress = Callable[[float, str], None]
 
-_CHUNK_TOKENS = 1 << 16
-_PANEL = 1024
 _EMBEDDING = "an embedding has no input to weigh errors by"
 _BIAS = "it is added, and has no input to weigh errors by"
 
@@ -89,42 +88,6 @@ def _stacked(walk: BlockWalk) -> dict[str, int]:
 
 def _tell(progress: Progress, at: int, blocks: int, batches: int, name: str, batch: int) -> None:
     progress((at + batch / batches) / blocks, f"{name}, batch {batch + 1} of {batches}")
-
-
-class Gram:
-    """Σ x xᵀ over tokens, fp64 (size, size); only the upper triangle is right until it is read."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.tokens = size, 0
-        self._total = torch.zeros(size, size, dtype=torch.float64, device=device)
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add tokens (tokens, size)."""
-        self.tokens += len(x)
-        for chunk in torch.split(x, _CHUNK_TOKENS):
-            exact = chunk.to(torch.bfloat16)
-            narrow = exact if exact.is_cuda else exact.float()
-            for start in range(0, self.size, _PANEL):
-                stop = min(start + _PANEL, self.size)
-                self._total[start:stop, start:] += _product(narrow[:, start:stop].T, narrow[:, start:])
-
-    def panels(self) -> Iterator[torch.Tensor]:
-        """The mean over tokens, symmetric, as panels of rows in fp32 on the CPU."""
-        for start in range(0, self.size, _PANEL):
-            stop = min(start + _PANEL, self.size)
-            corner = self._total[start:stop, start:stop]
-            corner.copy_((corner + corner.T) / 2)
-            self._total[stop:, start:stop] = self._total[start:stop, stop:].T
-            yield (self._total[start:stop] / self.tokens).to(torch.float32).cpu()
-
-    @property
-    def finite(self) -> bool:
-        return bool(self._total.diagonal().isfinite().all())
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """In fp32, from bf16 on a GPU, whose tensor cores add its exact products in fp32."""
-    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left @ right
 
 
 @dataclass

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from core.errors import BitmillError, InvalidCheckpoint, NonFiniteWeights
 from core.evaluation.text import Windows
 from core.networks import load_network
-from core.sensitivity import inputs
+from core.sensitivity import products
 from core.sensitivity.covariance import Covariances, CovarianceWriter
 from core.sensitivity.experts import Experts
-from core.sensitivity.inputs import Gram, gather_covariances
+from core.sensitivity.inputs import gather_covariances
+from core.sensitivity.products import Gram
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import LocalFile
 from tests.unit.networks.conftest import GATED, KINDS, SMALL, opened, saved
@@ -436,8 +437,8 @@ def test_sums_of_chunks_and_panels_are_the_product_of_rounded_inputs(size: int, 
     x = torch.randn(sum(chunks), size, generator=chance)
     gram = Gram(size, x.device)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inputs, "_PANEL", 7)
-        patched.setattr(inputs, "_CHUNK_TOKENS", 11)
+        patched.setattr(products, "_PANEL", 7)
+        patched.setattr(products, "_CHUNK_TOKENS", 11)
         for part in torch.split(x, chunks):
             gram.add(part)
         found = torch.cat([*gram.panels()])
