@@ -137,12 +137,13 @@ class _Encoding:
     rounding: RoundingSpec
     evidence: Evidence | None
     sensitivities: Sensitivities
+    format: str
     seed: int
 
     def expected(self, name: str) -> Callable[[float], float]:
         """By bits, what the rounding is expected to leave of the errors of nearest rounding."""
-        shape = self.source.tensors[name].shape
-        return ExpectedShare(self.rounding, self.sensitivities.of(name, shape)).at
+        shape, is_grid = self.source.tensors[name].shape, parse(self.format).is_grid
+        return ExpectedShare(self.rounding, self.sensitivities.of(name, shape), is_grid=is_grid).at
 
     def __call__(self, name: str, fmt: TensorFormat) -> EncodedTensor:
         weight = read_tensor(self.source, name)
@@ -177,7 +178,7 @@ class _Job:
         evidence = read_evidence(ctx, calibrated[0], space) if calibrated else None
         rounding = RoundingSpec.model_validate(params["rounding"])
         sensitivities = Sensitivities.of_step(ctx, calibrated, rounding)
-        encoding = _Encoding(source, ctx, rounding, evidence, sensitivities, request.seed)
+        encoding = _Encoding(source, ctx, rounding, evidence, sensitivities, params["format"], request.seed)
         resolved = Resolved(source, ctx.device, ctx.check, encoding, rounding.stored_format)
         sizes, forecast = Sizes(source, space, resolved), None
         if evidence is not None:

@@ -1,14 +1,16 @@
 """What a job will need before it starts: disk, time and memory. Bounds for disk, plain models for the rest.
 
 Memory is that of the largest step. Steps that pass text through the network hold one block of it at a time (comparing
-networks: two heads at the end), three sets of activations between blocks, and the logits of one batch; the whole
-network is held by allocation `higgs` alone. The numbers are held to by `benchmarks/job_memory.py`.
+networks: two heads at the end; rounding one layer after another: a block of each, and twice as much beside it), three
+sets of activations between blocks, and the logits of one batch. The whole network is held by allocation `higgs`, and
+where it cannot be passed through in blocks, which is logged. The numbers are held to by `benchmarks/job_memory.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 from core.pipeline.plan_file import Plan
@@ -52,8 +54,7 @@ def _covariance_bytes(index: CheckpointIndex, recipe: Recipe) -> int:
     """The file of input covariances, if every matrix had inputs of its own."""
     if not (recipe.rounding.needs_covariance or needs_covariance(recipe.allocation.canonical())):
         return 0
-    shapes = [index.tensors[name].shape for name in index.names]
-    return sum(4 * shape[-1] ** 2 for shape in shapes if len(shape) > 1)
+    return sum(4 * _squared_inputs(index.tensors[name].shape) for name in index.names)
 
 
 def estimate(index: CheckpointIndex, recipe: Recipe, plan: Plan, device: str, planning_s: float) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def estimate(index: CheckpointIndex, recipe: Recipe, plan: Plan, device: str, pl
         seconds += 2 * 2 * index.parameters * tokens / _FORWARD_FLOP_PER_S.get(kind, 3e10)
     largest = max((index.tensors[name].nbytes for name in index.names), default=0)
     peaks = [2 * largest + _WORK_BYTES, *(_pass_bytes(index, text, kind) for text in texts)]
+    if recipe.rounding.is_sequential and canonical["calibration"]:
+        peaks.append(2 * largest + _in_order_bytes(index, canonical["calibration"], kind))
     if canonical["calibration"]:
         peaks.append(_whole_bytes(index, recipe, kind))
     return {
@@ -98,11 +101,16 @@ class _Parts:
             shape, block = index.tensors[name].shape, _block_of(name)
             elements[block or name] += index.tensors[name].elements
             if len(shape) > 1:
-                squares[block or name] += shape[-1] ** 2
+                squares[block or name] += _squared_inputs(shape)
                 tables += [] if block else [(shape[0], shape[-1])]
         vocabulary, width = max(tables, key=lambda shape: shape[0] * shape[1])
         blocks = {_block_of(name) for name in index.names} - {None}
         return cls(max(elements.values(), default=0), len(blocks), width, vocabulary, max(squares.values(), default=0))
+
+
+def _squared_inputs(shape: tuple[int, ...]) -> int:
+    """Elements of the covariances of a tensor's inputs, its last dimension: one for every matrix that it holds."""
+    return prod(shape[:-2]) * shape[-1] ** 2 if len(shape) > 1 else 0
 
 
 def _block_of(name: str) -> str | None:
@@ -120,6 +128,13 @@ def _pass_bytes(index: CheckpointIndex, text: dict[str, Any], kind: str) -> int:
     between = 3 * sequences * length * parts.width
     logits = 2 * max(_LOGITS, length * parts.vocabulary)
     return width * (weights + between) + 4 * logits + 8 * parts.inputs + _PASS_WORK_BYTES
+
+
+def _in_order_bytes(index: CheckpointIndex, text: dict[str, Any], kind: str) -> int:
+    """What rounding one layer after another takes: the reference and the candidate, and products of their inputs."""
+    parts = _Parts.of(index)
+    between = 3 * int(text["sequences"]) * int(text["sequence_length"]) * parts.width
+    return 2 * _number_bytes(kind) * (parts.largest + between) + 3 * 8 * parts.inputs + _PASS_WORK_BYTES
 
 
 def _whole_bytes(index: CheckpointIndex, recipe: Recipe, kind: str) -> int:

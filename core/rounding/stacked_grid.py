@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from core.rounding.base import Sensitivity
 
 Parts = dict[str, torch.Tensor]
+FITTED_TOGETHER = "columns are fitted to the codes of all layers together, whatever rescale and shrinkage say"
 ONE_STEP = "one step for all inputs, which are rows: the format has no scales of rows (a grid @channel has)"
 _ONE, _COLUMNS, _ROWS = range(3)  # which steps differ: none, those of columns, those of rows
 _SAMPLE_ROUNDS, _ROUNDS = 6, 6
@@ -57,6 +58,7 @@ _SPREAD = 2.0**14  # of steps, which scales can tell apart
 _FARTHEST = 120  # of exponents, whose inverse fp32 holds
 _LOW_RATE, _MMSE = 2.5, (0.5, 0.25)  # f up to that rate, and above it
 _RIDGE, _FURTHEST = 1e-8, (0.1, 1.5)
+_USUAL_TOKENS = 1024.0  # keeps sums over tokens near 1
 _KEPT_ELEMENTS = 1 << 24  # of all layers' covariances, up to which they are kept
 
 
@@ -130,7 +132,8 @@ class _Tensor:
         columns, damping = chosen.columns or "natural", chosen.damping or 0.0
         for view in self.views():
             view.sensitivity.check(*view.layer(self.matrix).shape)
-            given = view.sensitivity.in_units(self.unit, 1.0 / silent if view.notes else 1.0)
+            known = view.sensitivity
+            given = known.in_units(self.unit, 1.0 / silent if view.notes else _units_of(known.tokens))
             yield view, Objective.of(given, columns=columns, damping=damping, diagonal=chosen.diagonal)
 
     def rate(self, live: int) -> float:
@@ -147,6 +150,11 @@ class _Tensor:
             return Scales(np.ascontiguousarray(rows.T.numpy()), places // self.width)
         wide = rows.repeat_interleave(self.width, dim=1)[:, : self.matrix.shape[1]]
         return Scales(np.ascontiguousarray(wide.numpy()), places)
+
+
+def _units_of(tokens: int | None) -> float:
+    """What a covariance is divided by, so that every token counts alike, whichever expert it was routed to."""
+    return 1.0 if tokens is None else _USUAL_TOKENS / max(tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,8 @@ class _Survey:
         said = of_experts(notes)
         if tensor.chosen.name == "watersic" and tensor.differ == _ONE:
             said = (ONE_STEP, *said)
+        if tensor.chosen.rescale is False or tensor.chosen.shrinkage is False:
+            said = (FITTED_TOGETHER, *said)
         silent = math.exp(float(np.mean(logs))) if logs else 1.0
         return cls(said, live, silent, _common_steps(*squares), least, tuple(inputs))
 

@@ -36,7 +36,10 @@ class StackLayer:
         count = min(rows, len(self.weight))
         places = torch.arange(count) * len(self.weight) // max(count, 1)
         values = np.ascontiguousarray(self.scales.values[:, places.numpy()])
-        return replace(self, weight=self.weight[places], scales=Scales(values, self.scales.blocks))
+        residual = self.objective.residual
+        objective = self.objective if residual is None else replace(self.objective, residual=residual[places])
+        scales = Scales(values, self.scales.blocks)
+        return replace(self, weight=self.weight[places], objective=objective, scales=scales)
 
     def squares(self) -> Doubles:
         """The mean square of the weights of each place in units of their scales and steps."""

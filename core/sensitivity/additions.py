@@ -25,11 +25,15 @@ class Additions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, torch.Tensor] = {}
-        self._watched: dict[int, tuple[str, torch.Tensor]] = {}
+        self._watched: dict[int, tuple[frozenset[str], torch.Tensor]] = {}
 
     def watch(self, key: str, output: torch.Tensor) -> None:
         """From now on, until the end of the context or until something else is made of it."""
-        self._watched[id(output)] = key, output  # kept, so that no other tensor gets its id
+        self._hold(frozenset({key}), output)
+
+    def _hold(self, keys: frozenset[str], output: torch.Tensor) -> None:
+        before = self._watched.get(id(output), (frozenset[str](), output))[0]
+        self._watched[id(output)] = before | keys, output  # kept, so that no other tensor gets its id
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -37,7 +41,8 @@ class Additions(TorchFunctionMode):
         """Run the function, and see what it does to what is watched."""
         name = getattr(func, "__name__", "")
         given = [one for one in args if isinstance(one, torch.Tensor)]
-        sums = self._sums(given) if name in _ADDS + _ADDS_IN_PLACE and not (kwargs or {}).get("alpha") else {}
+        is_sum = name in _ADDS + _ADDS_IN_PLACE and (kwargs or {}).get("alpha", 1) == 1
+        sums = self._sums(given) if is_sum else {}
         result = func(*args, **(kwargs or {}))
         if sums and isinstance(result, torch.Tensor):
             self._note(sums, result, given)
@@ -50,14 +55,18 @@ class Additions(TorchFunctionMode):
         if len(given) != 2 or given[0].shape != given[1].shape:
             return {}
         pairs = zip(given, reversed(given), strict=True)
-        return {self._watched[id(one)][0]: other.float().clone() for one, other in pairs if id(one) in self._watched}
+        found: dict[str, torch.Tensor] = {}
+        for one, other in pairs:
+            for key in self._watched.get(id(one), (frozenset[str](), one))[0]:
+                found[key] = other.float().clone()
+        return found
 
     def _note(self, sums: Mapping[str, torch.Tensor], result: torch.Tensor, given: list[torch.Tensor]) -> None:
         for one in given:
             self._watched.pop(id(one), None)
         for key, other in sums.items():
             self.found[key] = self.found[key] + other if key in self.found else other
-            self.watch(key, result)
+        self._hold(frozenset(sums), result)
 
     def _follow(self, given: list[torch.Tensor], result: Any) -> None:
         """Keep to a tensor that is only seen in another shape; let go of one of which something else is made."""
@@ -67,9 +76,9 @@ class Additions(TorchFunctionMode):
         for one in given:
             if id(one) not in self._watched or result is one:
                 continue
-            key, _ = self._watched.pop(id(one))
+            keys, _ = self._watched.pop(id(one))
             if isinstance(result, torch.Tensor) and _is_same(one, result):
-                self.watch(key, result)
+                self._hold(keys, result)
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

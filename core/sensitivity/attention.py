@@ -17,7 +17,10 @@ _NOISE = 0.02  # of sums of probabilities in bf16
 
 
 class AttentionCalls(TorchFunctionMode):
-    """A context manager that tells whenever queries attend to keys: torch's own function, or a softmax of (T, T)."""
+    """A context manager that tells whenever queries attend to keys: torch's own function, or a softmax of (T, T).
+
+    With a sink beside the keys it is (T, T + 1).
+    """
 
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()
@@ -38,9 +41,9 @@ def attention_received(output: Any) -> torch.Tensor | None:
     answers no probabilities."""
     for one in _tensors(output):
         if _is_square(one) and _are_probabilities(one):
-            length = one.shape[-1]
+            length = one.shape[-2]
             later = torch.arange(length, 0, -1, device=one.device)
-            received = one.float().tril().mean(dim=1).sum(dim=1) / later
+            received = one[..., :length].float().tril().mean(dim=1).sum(dim=1) / later
             return (received / received.mean(dim=1, keepdim=True)).flatten()
     return None
 
@@ -52,8 +55,10 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_square(one: Any) -> bool:
-    return isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[-1] == one.shape[-2]
+    return isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[-1] - one.shape[-2] in (0, 1)
 
 
 def _are_probabilities(one: torch.Tensor) -> bool:
-    return bool((one >= 0).all()) and bool(((one.float().sum(dim=-1) - 1).abs() <= _NOISE).all())
+    """Sums of 1, or less where a sink that is not answered takes its part."""
+    sums = one.float().sum(dim=-1)
+    return bool((one >= 0).all()) and bool((sums <= 1 + _NOISE).all()) and bool(sums.max() > 0)

@@ -50,12 +50,18 @@ def encode_in_order(
     candidate = BlockWalk(index, windows, device=device, dtype=dtype, weights=job.weights)
     if mixing.attention:
         reference.tell_attention()
-    for name in sorted(job.left & reference.names_outside):
+        candidate.tell_attention()  # another kernel would be another network
+    inside = frozenset(reference.hollow.names(reference.network)) - reference.names_outside
+    for name in sorted(job.left - inside):  # also what the architecture has no use for
         job.encode_early(name)
     with deterministic(), reference, candidate:
         for at, pair in enumerate(zip(reference, candidate, strict=True)):
             progress(at / max(len(reference), at + 1), pair[0].name)
             job.encode_block((reference, pair[0]), (candidate, pair[1]), at)
+    if job.left:
+        raise UnsupportedArchitecture(
+            "the network does not use it, though it has it", where=min(job.left), hint="rounding with layers: parallel"
+        )
 
 
 @dataclass

@@ -66,8 +66,11 @@ class Shelf:
             return tensor
         tensor = torch.empty(kept.shape, dtype=kept.dtype)
         self._file.seek(kept.place)
-        if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
-            raise BitmillError("a file of activations ends early", where=str(self._folder))
+        data = _bytes_of(tensor)
+        while len(data):  # the system reads at most 2 GiB at once
+            if not (read := self._file.readinto(data)):
+                raise BitmillError("a file of activations ends early", where=str(self._folder))
+            data = data[read:]
         return tensor
 
     def _write(self, data: memoryview) -> None:

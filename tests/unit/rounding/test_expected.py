@@ -49,6 +49,23 @@ def test_the_expected_share_is_what_is_left_of_the_error_of_nearest_rounding(
     assert ExpectedShare(spec, given).at(parse(text).element_bits) == pytest.approx(left, rel=0.3)
 
 
+@pytest.mark.parametrize("columns", ["natural", "ascending", "descending", "pivot"])
+@pytest.mark.parametrize("text", ["grid4@tensor", "int4@32"])
+def test_the_order_of_columns_and_damping_count(columns: str, text: str) -> None:
+    given = Sensitivity(covariance=torch.from_numpy(family("scaled_ar1", COLUMNS).copy()))
+    spec = RoundingSpec.model_validate({"name": "gptq", "columns": columns, "damping": 0.05})
+    left = cost(spec, text, given) / cost(RoundingSpec(name="nearest"), text, given)
+    expected = ExpectedShare(spec, given, is_grid=parse(text).is_grid).at(4.0)
+    assert expected == pytest.approx(left, rel=0.35)  # empirical, this seed
+
+
+def test_a_stack_has_the_mean_of_its_experts() -> None:
+    known = [Sensitivity(covariance=torch.from_numpy(family(kind, 16).copy())) for kind in ("ar1_0.9", "scaled_ar1")]
+    single = [ExpectedShare(PAPER, one).at(3.0) for one in known]
+    stack = Sensitivity(experts=[*known, Sensitivity()])
+    assert ExpectedShare(PAPER, stack).at(3.0) == pytest.approx((sum(single) + 1) / 3)
+
+
 @pytest.mark.parametrize("name", ["gptq", "watersic"])
 def test_nothing_is_expected_where_inputs_are_independent_and_alike(name: str) -> None:
     given = Sensitivity(covariance=3 * torch.eye(16, dtype=torch.float64))

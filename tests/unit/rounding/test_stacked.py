@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,11 @@ from core.recipe.rounding import RoundingSpec
 from core.recipe.tensor_format import parse
 from core.rounding.base import Sensitivity, round_tensor
 from core.rounding.levels import Levels
+from core.rounding.objective import Objective
+from core.rounding.stacked_layer import StackLayer
+from core.rounding.successive import Scales
 from core.rounding.turned import TurnedFrame
-from core.rounding.views import SILENT, of_experts
+from core.rounding.views import SILENT, of_experts, views
 from core.tensors.dtypes import TORCH_DTYPES
 from core.tensors.encoded import EncodedTensor
 from core.tensors.frame import Frame
@@ -372,3 +376,36 @@ def test_units_of_weights_and_inputs_change_nothing() -> None:
         plain = rounded(weight, text, method, known)
         other = rounded(weight * 2.0**-20, text, method, Sensitivity(experts=scaled))
         assert torch.equal(other.decode() * 2.0**20, plain.decode()), (method, text)
+
+
+def test_every_token_counts_alike_whichever_expert_it_was_routed_to() -> None:
+    counts, weight = (9700, 1000, 1000), weights(EXPERTS, OUTPUTS, INPUTS)
+    spread = torch.logspace(0, -3, INPUTS, dtype=torch.float64)
+    known = [torch.diag(one) for one in (spread, spread.flip(0), spread.roll(INPUTS // 2))]
+    losses = []
+    for told in (counts, (9700,) * EXPERTS):
+        experts = [Sensitivity(covariance=one, tokens=count) for one, count in zip(known, told, strict=True)]
+        encoded = rounded(weight, "grid3@tensor", "watersic", Sensitivity(experts=experts))
+        decoded = encoded.decode().reshape(weight.shape)
+        losses.append(sum(n * cost(weight[at], decoded[at], known[at]) for at, n in enumerate(counts)))
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_fits_that_a_stack_does_not_have_are_named() -> None:
+    weight, known = weights(EXPERTS, OUTPUTS, INPUTS), stack(transposed=False)
+    assert rounded(weight, "grid3@tensor", "watersic", known).notes == ()
+    (note,) = rounded(weight, "grid3@tensor", "watersic", known, rescale=False).notes
+    assert "all layers together" in note
+
+
+def test_a_sample_of_rows_takes_their_share_of_the_residual_stream() -> None:
+    objective = Objective.of(
+        Sensitivity(covariance=covariance(0), residual=torch.arange(OUTPUTS * 1.0)[:, None].expand(-1, INPUTS))
+    )
+    weight = weights(OUTPUTS, INPUTS)
+    (view,) = views((OUTPUTS, INPUTS), Sensitivity(covariance=covariance(0)))
+    layer = StackLayer(view, weight, objective, Scales.ones(OUTPUTS, INPUTS), np.ones(INPUTS))
+    few = layer.sampled(4)
+    assert few.objective.residual is not None
+    assert few.objective.residual[:, 0].tolist() == [0.0, 24.0, 48.0, 72.0]
+    assert torch.equal(few.weight, weight[::24])

@@ -28,6 +28,7 @@ def test_the_other_operand_of_a_sum_is_found_whatever_the_sum_looks_like() -> No
         lambda stream, output: stream + output,
         lambda stream, output: output + stream,
         torch.add,
+        lambda stream, output: torch.add(stream, output, alpha=1),
         lambda stream, output: stream.add_(output),
         lambda stream, output: output.add_(stream),
         lambda stream, output: stream + F.dropout(output, 0.1, training=False),
@@ -49,6 +50,17 @@ def test_sums_of_sums_count_as_one_until_the_sum_is_used_for_something_else() ->
         return middle + F.layer_norm(middle, (3,))
 
     assert torch.equal(found(one_after_another), STREAM)  # type: ignore[arg-type]
+
+
+def test_layers_that_write_together_have_each_other_in_what_they_add_to() -> None:
+    one, other, stream = OUTPUT.clone(), 2 * OUTPUT, STREAM.clone()
+    additions = Additions()
+    with additions:
+        additions.watch("one", one)
+        additions.watch("other", other)
+        _ = (one + other) + stream
+    assert torch.equal(additions.found["one"], STREAM + 2)
+    assert torch.equal(additions.found["other"], STREAM + 1)
 
 
 def test_an_output_that_something_else_is_made_of_is_not_added_as_it_is() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import UnsupportedArchitecture
@@ -20,7 +21,7 @@ from core.sensitivity.inputs import gather_covariances
 from core.storage.checkpoint import CheckpointIndex
 from core.storage.sources import LocalFile
 from core.tensors.reader import read_tensor
-from tests.unit.networks.conftest import KINDS, opened, saved
+from tests.unit.networks.conftest import GATED, KINDS, opened, saved
 
 LLAMA_STAGES = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 SEQUENCES, LENGTH = 5, 12
@@ -235,6 +236,34 @@ def test_a_tied_table_is_encoded_before_anything_uses_it_and_the_head_takes_it_f
     first = next(call for call in calls if call.found is not None)
     assert first.found is not None
     assert first.found.cross is not None
+
+
+def test_what_the_architecture_has_no_use_for_is_encoded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    extra = "model.layers.9.extra.weight"
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"layers\.9\."])
+    saved(tmp_path / "llama", "llama")
+    file = tmp_path / "llama/model.safetensors"
+    save_file(load_file(file) | {extra: torch.ones(4, 4)}, file, {"format": "pt"})
+    calls = encoded_in_order(tmp_path / "llama", 0.1)
+    assert [call.found for call in calls if call.name == extra] == [None]
+    assert len(calls) == len(matrices(opened(tmp_path / "llama")))
+
+
+def test_layers_before_attention_with_sinks_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sinks = GATED | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(KINDS, "gpt_oss", sinks)
+    saved(tmp_path / "sinks", "gpt_oss")
+    plain, mixed = (encoded_in_order(tmp_path / "sinks", 0.2, **given) for given in ({}, {"drift": 0.0}))
+    changed = {
+        one.name.split(".")[-2]
+        for one, other in zip(plain, mixed, strict=True)
+        if one.found and other.found and not torch.equal(one.found.covariance, other.found.covariance)
+    }
+    assert changed == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_a_network_that_calls_a_block_twice_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
