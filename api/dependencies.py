@@ -27,6 +27,7 @@ from core.jobs.idempotency import IdempotencyService
 from core.jobs.service import JobService
 from core.jobs.sessions import connect
 from core.jobs.uploads import UploadService
+from core.jobs.webhooks import WebhookService
 from core.jobs.workers import WorkerRegistry
 from core.storage.object_store import ObjectStore, open_store
 
@@ -63,6 +64,7 @@ class Services:
     checkpoints: CheckpointService
     access: AccessService
     workers: WorkerRegistry
+    webhooks: WebhookService
     idempotency: IdempotencyService
     bootstrap: Bootstrap
     probes: Probes
@@ -84,6 +86,7 @@ class Services:
             checkpoints=CheckpointService(engine, settings, store),
             access=access,
             workers=WorkerRegistry(engine),
+            webhooks=WebhookService(engine, settings),
             idempotency=IdempotencyService(engine),
             bootstrap=bootstrap,
             probes=Probes(_questions(engine, bootstrap, dispatcher, store)),
@@ -128,7 +131,7 @@ class Idempotency:
         except ValueError as error:
             raise UserError("the body holds what is not JSON") from error
 
-    def once(self, services: Services, owner: str, body: BaseModel, work: Callable[[], str]) -> str:
+    def once(self, services: Services, owner: str, body: BaseModel | None, work: Callable[[], str]) -> str:
         """The id that `work` makes, or that it made before under this key.
 
         Conflict while another request does it, IdempotencyMismatch when its body was another.

@@ -21,7 +21,7 @@ from api import errors
 from api.dependencies import Services
 from api.middleware import BodyLimit, RequestContext
 from api.openapi import describe
-from api.routes import artefacts, catalogues, checkpoints, events, health, jobs, keys, pages, plans, uploads
+from api.routes import artefacts, catalogues, checkpoints, events, health, jobs, keys, pages, plans, uploads, webhooks
 from core import __version__
 from core.config import Settings
 from core.errors import StoreUnavailable
@@ -29,7 +29,7 @@ from worker.logs import configure
 
 log = structlog.get_logger()
 
-_ROUTES = (uploads, checkpoints, jobs, events, artefacts, plans, catalogues, keys, health, pages)
+_ROUTES = (uploads, checkpoints, jobs, events, artefacts, plans, catalogues, keys, webhooks, health, pages)
 
 
 class Application(FastAPI):

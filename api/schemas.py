@@ -12,7 +12,17 @@ from typing import Annotated, Any, Generic, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from core.jobs.requests import HubSource, Label, PathSource, Request, S3Source, Source, UploadFile, UploadSource
+from core.jobs.requests import (
+    HubSource,
+    Label,
+    NewWebhook,
+    PathSource,
+    Request,
+    S3Source,
+    Source,
+    UploadFile,
+    UploadSource,
+)
 from core.jobs.views import (
     CheckpointState,
     EventView,
@@ -25,6 +35,8 @@ from core.jobs.views import (
     UploadView,
     Usage,
     View,
+    WebhookKind,
+    WebhookView,
 )
 
 T = TypeVar("T")
@@ -95,6 +107,18 @@ class KeyQuery(Query):
     """Whose keys."""
 
     owner: str | None = Field(default=None, pattern=_OWNER)
+
+
+class WebhookBody(Body, NewWebhook):
+    """A webhook to be made."""
+
+    kinds: tuple[WebhookKind, ...] = Field(default=get_args(WebhookKind), max_length=len(get_args(WebhookKind)))
+
+
+class WebhookMade(WebhookView):
+    """A webhook that was made. `secret`: only in the answer that made it."""
+
+    secret: str | None
 
 
 class JobQuery(PageQuery):
@@ -217,7 +241,9 @@ class NewJob(NewPlan):
     name: str = Field(default="", max_length=200)
     labels: dict[Label, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict, max_length=32)
     limits: NewLimits = NewLimits()
-    webhook: Any = Field(default=None, description="not available in this version")
+    webhook: str | None = Field(
+        default=None, min_length=1, max_length=100, description="the id of a webhook that hears of all this job does"
+    )
 
 
 class EventPage(View):

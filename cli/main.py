@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 from typer.exceptions import Abort, TyperException
 
-from cli import catalogue_commands, key_commands, local_commands, output, service_commands
+from cli import catalogue_commands, key_commands, local_commands, output, service_commands, webhook_commands
 from core import __version__
 from core.errors import BitmillError
 
@@ -45,6 +45,7 @@ def _root(
 _root.__doc__ = app.info.help
 service_commands.register(app)
 key_commands.register(app)
+webhook_commands.register(app)
 local_commands.register(app)
 catalogue_commands.register(app)
 

@@ -94,6 +94,22 @@ def keys(items: Iterable[Json]) -> None:
     table(("key", "begins with", "scopes", "created", "revoked"), rows)
 
 
+def webhooks(items: Iterable[Json]) -> None:
+    rows = [
+        (item["id"], item["url"], " ".join(item["kinds"]), item["failing_since"] or "", item["disabled_reason"] or "")
+        for item in items
+    ]
+    table(("webhook", "url", "kinds", "failing since", "disabled"), rows)
+
+
+def deliveries(items: Iterable[Json]) -> None:
+    rows = [
+        (item["id"], item["kind"], item["job"], item["state"], item["attempts"], item["next_at"], item["last_error"])
+        for item in items
+    ]
+    table(("delivery", "kind", "job", "state", "attempts", "next attempt", "last error"), rows)
+
+
 def step_name(step: Json) -> str:
     return f"{step['kind']} {step['index']}" if step["kind"] == "quantise" else str(step["kind"])
 

@@ -44,6 +44,14 @@ class Settings(BaseSettings):
     shard_bytes: int = 1 << 30  # source bytes per quantise step
     engine_grace_s: float = 10.0
 
+    # what is kept, and for how long
+    sweep_s: float = 3600.0
+    sweep_grace_s: float = 86_400.0  # an object younger than this is never removed
+    keep_results_days: float = 30.0  # of steps, for reuse after their job; complete uploads without a checkpoint
+    keep_answers_days: float = 7.0  # answers remembered under an Idempotency-Key
+    keep_logs_days: float = 90.0  # lines of attempts' logs, and events of steps
+    metrics_port: int = 0  # where the reconciler answers Prometheus; 0: nowhere
+
     # the worker
     device: str = "auto"  # auto | cpu | cuda
     queue: str = "cpu,gpu"
@@ -55,6 +63,13 @@ class Settings(BaseSettings):
     max_upload_bytes: int = 2 << 40
     max_queued_jobs: int = 1000
     min_free_disk_bytes: int = 256 << 20
+
+    # webhooks
+    allow_private_webhooks: bool = False  # http, and addresses of private networks and of this machine
+    max_webhooks: int = 20  # of one owner
+    webhook_poll_s: float = 2.0  # between looks at what is due
+    webhook_disable_s: float = 5 * 86400.0  # of nothing but failures, after which a webhook is disabled
+    webhook_log_s: float = 30 * 86400.0  # how long ended deliveries are listed
 
     @property
     def scratch(self) -> Path:

@@ -22,6 +22,8 @@ PREFIXES = {
     "artefact": "art",
     "worker": "wrk",
     "api_key": "key",
+    "webhook": "wh",
+    "delivery": "msg",
     "request": "req",
 }
 

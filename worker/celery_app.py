@@ -32,7 +32,7 @@ def make_app(settings: Settings, execute: Callable[[str], object]) -> Any:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
-        worker_enable_remote_control=False,
+        worker_enable_remote_control=True,  # its socket notices a broker that went away while a step was in hand
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         task_queues=[Queue(name, routing_key=name) for name in queues_of(settings.queue)],

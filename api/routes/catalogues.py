@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Reader, Writer
+from api.auth import Reader
 from api.dependencies import ServicesOf
 from api.schemas import CatalogueItem, Items, RecipeCatalogue, RecipeItem, UsageAnswer, UsageItem
-from core.errors import MethodNotAvailable
 from core.formats import catalogue as formats
 from core.jobs.views import WorkerView
 from core.recipe import exports, rounding
@@ -58,9 +57,3 @@ def get_usage(services: ServicesOf, caller: Reader) -> UsageAnswer:
     limits = {"queued_jobs": settings.max_queued_jobs, "upload_bytes": settings.max_upload_bytes}
     items = tuple(UsageItem(name=name, used=used, limit=limits.get(name)) for name, used in found.items())
     return UsageAnswer(**found, items=items)
-
-
-@router.post("/webhooks", status_code=201)
-def create_webhook(_: Writer) -> None:
-    """Not available in this version: refused by name."""
-    raise MethodNotAvailable("webhooks are not available in this version", where="webhooks", hint="follow the events")

@@ -12,7 +12,6 @@ from api.dependencies import IdempotencyOf, ServicesOf
 from api.recipes import check_in_advance, read_recipe
 from api.schemas import Items, JobQuery, NewJob
 from api.streaming import matches
-from core.errors import MethodNotAvailable
 from core.jobs.requests import SubmitJob
 from core.jobs.service import Submitted
 from core.jobs.views import JobView, Page, TensorView
@@ -25,10 +24,6 @@ def submit_job(
     body: NewJob, response: Response, services: ServicesOf, caller: Writer, idempotency: IdempotencyOf
 ) -> JobView:
     """Apply a recipe to a checkpoint. What can be known now is refused now."""
-    if body.webhook is not None:
-        raise MethodNotAvailable(
-            "webhooks are not available in this version", where="webhook", hint="follow the events"
-        )
     recipe = read_recipe(body.recipe)
     check_in_advance(services.checkpoints, caller.owner, body.checkpoint, recipe)
     request = SubmitJob(
@@ -36,6 +31,7 @@ def submit_job(
         recipe=recipe.canonical(),
         name=body.name,
         labels=body.labels,
+        webhook=body.webhook,
         max_pending_s=body.limits.max_pending_s,
         max_runtime_s=body.limits.max_runtime_s,
     )

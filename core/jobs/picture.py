@@ -49,6 +49,7 @@ def picture(job: Job, steps: Sequence[Step], running: Mapping[str, Attempt], now
         recipe=job.recipe,
         checkpoint=job.checkpoint_id,
         limits=Limits(max_pending_s=job.max_pending_s, max_runtime_s=job.max_runtime_s),
+        webhook=job.webhook_id,
         retry_of=job.retry_of,
         steps=tuple(_step(step, running.get(step.id)) for step in steps),
         progress=round(job_progress(steps, running), 4),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from core.jobs.views import WebhookKind
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -17,14 +19,25 @@ class Request(BaseModel):
 
 
 class SubmitJob(Request):
-    """A recipe (canonical form of `core.recipe`) applied to a checkpoint. Limits are seconds; None: no limit."""
+    """A recipe (canonical form of `core.recipe`) applied to a checkpoint. Limits are seconds; None: no limit.
+
+    `webhook`: one that is told of every change of this job, whatever kinds it has chosen.
+    """
 
     checkpoint: str
     recipe: dict[str, Any]
     name: str = Field(default="", max_length=200)
     labels: dict[Label, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
+    webhook: str | None = None
     max_pending_s: float | None = Field(default=None, gt=0)
     max_runtime_s: float | None = Field(default=None, gt=0)
+
+
+class NewWebhook(Request):
+    """A receiver of events. `kinds`: those it hears of, of all jobs of its owner; () of jobs that name it only."""
+
+    url: str = Field(max_length=2048)
+    kinds: tuple[WebhookKind, ...] = get_args(WebhookKind)
 
 
 class UploadFile(Request):

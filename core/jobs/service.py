@@ -21,10 +21,12 @@ from core.jobs.pages import decode_cursor, encode_cursor
 from core.jobs.picture import pictures
 from core.jobs.repository import checkpoints as checkpoint_rows
 from core.jobs.repository import jobs as job_rows
+from core.jobs.repository import quotas
 from core.jobs.repository import steps as step_rows
 from core.jobs.repository import uploads as upload_rows
+from core.jobs.repository import webhooks as webhook_rows
 from core.jobs.requests import SubmitJob
-from core.jobs.sessions import ReadSession, reading
+from core.jobs.sessions import ReadSession, WriteSession, reading
 from core.jobs.states import JOB
 from core.jobs.tables import Artefact, Checkpoint, Job, Step, StepDependency
 from core.jobs.views import ArtefactView, EventView, JobStatus, JobView, Page, TensorView, Usage
@@ -50,9 +52,13 @@ class JobService(Unit):
         return self._create(owner, request, idempotency_key, body_hash, retry_of=None)
 
     def retry(self, owner: str, job_id: str, idempotency_key: str | None = None, body_hash: str = "") -> Submitted:
-        """A new job with the same recipe; whatever the old one finished is reused. Conflict unless it ended badly."""
+        """A new job with the same recipe; whatever the old one finished is reused. Conflict unless it ended badly.
+
+        It names the same webhook, unless that was deleted or disabled since.
+        """
         with reading(self.engine) as session:
             old = job_rows.get(session, owner, job_id)
+            webhook = webhook_rows.still_there(session, owner, old.webhook_id)
         if old.status not in ("failed", "cancelled", "expired"):
             raise Conflict(
                 f"the job is {old.status}", where=job_id, hint="failed, cancelled and expired jobs are retried"
@@ -62,6 +68,7 @@ class JobService(Unit):
             recipe=old.recipe,
             name=old.name,
             labels=old.labels,
+            webhook=webhook,
             max_pending_s=old.max_pending_s,
             max_runtime_s=old.max_runtime_s,
         )
@@ -197,8 +204,9 @@ class JobService(Unit):
                 raise IdempotencyMismatch("this Idempotency-Key was used with another body", where=key)
             return self._view(session, job)
 
-    def _check_quota(self, session: ReadSession, owner: str) -> None:
+    def _check_quota(self, session: WriteSession, owner: str) -> None:
         most = self.settings.max_queued_jobs
+        quotas.hold(session, owner)
         if job_rows.count_live(session, owner) >= most:
             raise QuotaExceeded(f"{most} jobs are waiting or running", hint="wait for some to end, or cancel them")
 
@@ -234,6 +242,7 @@ def _insert(
         idempotency_key=key,
         body_hash=body_hash,
         retry_of=retry_of,
+        webhook_id=webhook_rows.usable(change.session, owner, request.webhook),
         event_seq=0,
     )
     change.session.add(job)

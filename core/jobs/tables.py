@@ -8,13 +8,14 @@ unique index lets a step have one running attempt. Relationships are not mapped:
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     MetaData,
     Text,
@@ -27,6 +28,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from core.jobs.states import ATTEMPT, JOB, STEP, Machine
 from core.jobs.steps import STEP_KINDS
+from core.jobs.views import DeliveryKind, DeliveryState, WebhookKind
 
 Json = dict[str, Any]
 
@@ -149,6 +151,7 @@ class Job(Base):
         CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="failed_has_code"),
         CheckConstraint("(error_code IS NULL) = (failure IS NULL)", name="code_has_failure"),
         UniqueConstraint("owner", "idempotency_key"),
+        ForeignKeyConstraint(["owner", "webhook_id"], ["webhook.owner", "webhook.id"], name="fk_job_webhook_of_owner"),
         Index("ix_job_owner_id", "owner", "id"),
         Index("ix_job_live", "status", postgresql_where=text("status IN ('queued', 'running', 'cancelling')")),
         Index("ix_job_checkpoint_id", "checkpoint_id"),
@@ -168,6 +171,7 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_hash: Mapped[str] = mapped_column(server_default="")
     retry_of: Mapped[str | None] = mapped_column(ForeignKey("job.id"))
+    webhook_id: Mapped[str | None]
     event_seq: Mapped[int] = mapped_column(BigInteger, server_default="0")
     summary: Mapped[Json | None]
     failure: Mapped[Json | None]
@@ -365,6 +369,69 @@ class ApiKey(Base):
     scopes: Mapped[list[str]]
     created_at: Mapped[datetime] = _created()
     revoked_at: Mapped[datetime | None]
+
+
+class Webhook(Base):
+    """A receiver of events. One that is deleted stays, without its secret, for the jobs that name it."""
+
+    __tablename__ = "webhook"
+    __table_args__ = (
+        _one_of("disabled_reason", ("gone", "failing", "deleted")),
+        CheckConstraint("(disabled_at IS NULL) = (disabled_reason IS NULL)", name="disabled_has_reason"),
+        CheckConstraint(
+            "(disabled_reason IS NOT DISTINCT FROM 'deleted') = (secret = '')", name="deleted_has_no_secret"
+        ),
+        CheckConstraint(f"kinds <@ ARRAY{list(get_args(WebhookKind))!r}::text[]", name="kinds_known"),
+        UniqueConstraint("owner", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    url: Mapped[str]
+    kinds: Mapped[list[str]]
+    secret: Mapped[str]
+    created_at: Mapped[datetime] = _created()
+    failing_since: Mapped[datetime | None]  # the first failed attempt after the last successful one
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+
+
+class WebhookDelivery(Base):
+    """A message to a webhook, its body exactly as it is sent. `next_at` is also the end of the lease of an attempt."""
+
+    __tablename__ = "webhook_delivery"
+    __table_args__ = (
+        _one_of("state", get_args(DeliveryState)),
+        _one_of("kind", get_args(DeliveryKind)),
+        CheckConstraint("(kind = 'ping') = (job_id IS NULL)", name="ping_has_no_job"),
+        CheckConstraint("(job_id IS NULL) = (event_seq IS NULL)", name="job_has_event"),
+        CheckConstraint("(state = 'pending') = (next_at IS NOT NULL)", name="pending_has_next"),
+        CheckConstraint("(state = 'delivered') = (delivered_at IS NOT NULL)", name="delivered_has_time"),
+        CheckConstraint(
+            "state <> 'delivered' OR (last_status BETWEEN 200 AND 299) IS TRUE", name="delivered_was_accepted"
+        ),
+        CheckConstraint("state <> 'failed' OR last_error IS NOT NULL", name="failed_has_error"),
+        CheckConstraint("attempts >= 0", name="attempts_not_negative"),
+        CheckConstraint("(attempts = 0) = (attempted_at IS NULL)", name="attempted_has_time"),
+        UniqueConstraint("job_id", "event_seq", "webhook_id"),
+        Index("ix_webhook_delivery_webhook_id_id", "webhook_id", "id"),
+        Index("ix_webhook_delivery_due", "next_at", "webhook_id", postgresql_where=text("state = 'pending'")),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhook.id", ondelete="CASCADE"))
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    event_seq: Mapped[int | None] = mapped_column(BigInteger)
+    kind: Mapped[str]
+    body: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="pending")
+    attempts: Mapped[int] = mapped_column(server_default="0")
+    next_at: Mapped[datetime | None]
+    attempted_at: Mapped[datetime | None]
+    last_status: Mapped[int | None]
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    delivered_at: Mapped[datetime | None]
 
 
 class Idempotency(Base):

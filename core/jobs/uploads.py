@@ -35,6 +35,7 @@ from core.errors import (
 )
 from core.ids import new_id
 from core.jobs.parts import PartsSource, part_count, part_length
+from core.jobs.repository import quotas
 from core.jobs.repository import uploads as upload_rows
 from core.jobs.requests import UploadFile
 from core.jobs.sessions import reading, writing
@@ -74,6 +75,7 @@ class UploadService:
             expires_at=func.clock_timestamp() + _LIFETIME,
         )
         with writing(self.engine) as session:
+            quotas.hold(session, owner)
             if total + upload_rows.promised_bytes(session, owner) > self.settings.max_upload_bytes:
                 raise QuotaExceeded(
                     f"more than {self.settings.max_upload_bytes} bytes of open uploads",
@@ -182,8 +184,8 @@ class UploadService:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed + self.settings.min_free_disk_bytes:
             raise OutOfDisk("too little disk for this part", where=str(folder))
-        with tempfile.TemporaryDirectory(dir=folder) as inner:
-            yield Path(inner) / "part"
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: gone with this process
+            yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def files_of(upload: Upload) -> list[FileEntry]:
@@ -192,6 +194,11 @@ def files_of(upload: Upload) -> list[FileEntry]:
     return [
         FileEntry(file["path"], int(file["size"]), file["sha256"], key and key + file["path"]) for file in upload.files
     ]
+
+
+def promised_sha(upload: Upload) -> str:
+    """The digest of the checkpoint that the upload becomes when it is complete."""
+    return checkpoint_sha(FileEntry(file["path"], int(file["size"]), file["sha256"]) for file in upload.files)
 
 
 def discard_parts(store: ObjectStore, upload_id: str) -> None:

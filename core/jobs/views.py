@@ -17,6 +17,10 @@ StepKindName = Literal["fetch", "calibrate", "allocate", "quantise", "assemble",
 UploadState = Literal["open", "complete", "aborted", "expired"]
 CheckpointState = Literal["pending", "ready", "failed", "deleted"]
 Scope = Literal["read", "write", "admin"]
+WebhookKind = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled", "job.expired"]
+DeliveryKind = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled", "job.expired", "ping"]
+DeliveryState = Literal["pending", "delivered", "failed"]
+DisabledReason = Literal["gone", "failing"]
 
 T = TypeVar("T")
 
@@ -98,6 +102,7 @@ class JobView(View):
     recipe: dict[str, Any]
     checkpoint: str
     limits: Limits
+    webhook: str | None
     retry_of: str | None
     steps: tuple[StepView, ...]
     progress: float
@@ -222,6 +227,36 @@ class KeyView(View):
     scopes: tuple[Scope, ...]
     created_at: datetime
     revoked_at: datetime | None = None
+
+
+class WebhookView(View):
+    """A receiver of events, without its secret. `failing_since`: the first failure that no success has followed."""
+
+    id: str
+    url: str
+    kinds: tuple[WebhookKind, ...]
+    created_at: datetime
+    failing_since: datetime | None = None
+    disabled_at: datetime | None = None
+    disabled_reason: DisabledReason | None = None
+
+
+class DeliveryView(View):
+    """A message to a webhook; `id` is its `webhook-id`. `next_at`: when it is tried (again), None when it has ended."""
+
+    id: str
+    webhook: str
+    kind: DeliveryKind
+    job: str | None
+    event: int | None
+    state: DeliveryState
+    attempts: int
+    created_at: datetime
+    attempted_at: datetime | None
+    next_at: datetime | None
+    delivered_at: datetime | None
+    last_status: int | None
+    last_error: str | None
 
 
 class Usage(View):

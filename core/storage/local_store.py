@@ -12,11 +12,12 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from core.errors import BitmillError, DigestMismatch, NotFound, OutOfDisk, PathNotAllowed, StoreUnavailable
-from core.storage.object_store import validate_key
+from core.storage.object_store import StoredEntry, validate_key
 
 _CHUNK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,8 +56,23 @@ class LocalStore:
             return None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for entry in self.inventory(prefix):
+            yield entry.key, entry.size
+
+    def inventory(self, prefix: str) -> Iterator[StoredEntry]:
         with _translated(prefix):
             yield from _walk(self.root, "", prefix)
+
+    def discard_unfinished(self, before: datetime) -> tuple[int, int]:
+        removed, freed = 0, 0
+        with _translated(str(self._temporary)), contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self._temporary):
+                with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                    found = entry.stat(follow_symlinks=False)
+                    if _time(found) < before:
+                        Path(entry.path).unlink()
+                        removed, freed = removed + 1, freed + found.st_size
+        return removed, freed
 
     def delete(self, key: str) -> None:
         path = self.root / validate_key(key)
@@ -164,7 +180,11 @@ def _stream(file: BinaryIO, key: str, length: int | None, chunk: int) -> Iterato
             yield piece
 
 
-def _walk(folder: Path, base: str, prefix: str) -> Iterator[tuple[str, int]]:
+def _time(found: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(found.st_mtime, UTC)
+
+
+def _walk(folder: Path, base: str, prefix: str) -> Iterator[StoredEntry]:
     """Objects below `folder` (key prefix `base`) that start with `prefix`."""
     try:
         entries = list(os.scandir(folder))
@@ -180,7 +200,8 @@ def _walk(folder: Path, base: str, prefix: str) -> Iterator[tuple[str, int]]:
                 yield from _walk(folder / entry.name, inner, prefix)
         elif entry.is_file(follow_symlinks=False) and key.startswith(prefix):
             with contextlib.suppress(FileNotFoundError):
-                yield key, entry.stat(follow_symlinks=False).st_size
+                found = entry.stat(follow_symlinks=False)
+                yield StoredEntry(key, found.st_size, _time(found))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,8 +9,9 @@ a validated file name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from core.config import Settings
@@ -18,6 +19,14 @@ from core.errors import PathNotAllowed, UserError
 
 _MAX_KEY_BYTES = 1024
 _MAX_COMPONENT_BYTES = 255
+
+
+class StoredEntry(NamedTuple):
+    """An object of a listing; `modified` by the store's clock, with a time zone."""
+
+    key: str
+    size: int
+    modified: datetime
 
 
 class ObjectStore(Protocol):
@@ -45,6 +54,14 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """(key, size) of every object whose key starts with `prefix`, each once, in no particular order."""
+        ...
+
+    def inventory(self, prefix: str) -> Iterator[StoredEntry]:
+        """The same with the time at which each object was written."""
+        ...
+
+    def discard_unfinished(self, before: datetime) -> tuple[int, int]:
+        """Remove what writers that died before then left unfinished, never an object; (number, bytes)."""
         ...
 
     def delete(self, key: str) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +25,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core.config import Settings
 from core.errors import BitmillError, DigestMismatch, NotFound, OutOfDisk, StoreUnavailable
-from core.storage.object_store import validate_key
+from core.storage.object_store import StoredEntry, validate_key
 
 _MIN_PART = 16 << 20
 _MAX_PARTS = 9_000  # S3 allows 10 000
@@ -37,15 +38,18 @@ _ABSENT = {"404", "NoSuchKey", "NotFound"}
 class S3Store:
     """Objects under `prefix` in one bucket, which must exist."""
 
-    def __init__(self, client: Any, bucket: str, prefix: str = "", *, public_client: Any = None) -> None:
-        self._client, self._public = client, public_client or client
+    def __init__(
+        self, client: Any, bucket: str, prefix: str = "", *, public_client: Any = None, brief_client: Any = None
+    ) -> None:
+        self._client, self._public, self._brief = client, public_client or client, brief_client or client
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
 
     @classmethod
     def from_settings(cls, settings: Settings, bucket: str, prefix: str) -> S3Store:
         client = make_client(settings, settings.s3_endpoint)
         public = make_client(settings, settings.s3_public_endpoint) if settings.s3_public_endpoint else None
-        return cls(client, bucket, prefix, public_client=public)
+        brief = make_client(settings, settings.s3_endpoint, brief=True)
+        return cls(client, bucket, prefix, public_client=public, brief_client=brief)
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> int:
         existing = self.size(key)
@@ -79,17 +83,41 @@ class S3Store:
         return None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for entry in self.inventory(prefix):
+            yield entry.key, entry.size
+
+    def inventory(self, prefix: str) -> Iterator[StoredEntry]:
         with _translated(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield item["Key"][len(self._prefix) :], int(item["Size"])
+                    yield StoredEntry(item["Key"][len(self._prefix) :], int(item["Size"]), item["LastModified"])
+
+    def discard_unfinished(self, before: datetime) -> tuple[int, int]:
+        removed, freed = 0, 0
+        with _translated("unfinished uploads"):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._prefix
+            )
+            for upload in [item for page in pages for item in page.get("Uploads", []) if item["Initiated"] < before]:
+                with contextlib.suppress(self._client.exceptions.NoSuchUpload):  # it was completed meanwhile
+                    freed += self._abort(upload["Key"], upload["UploadId"])
+                    removed += 1
+        return removed, freed
+
+    def _abort(self, name: str, upload_id: str) -> int:
+        """Abort a multipart upload; the bytes that had arrived."""
+        where = {"Bucket": self._bucket, "Key": name, "UploadId": upload_id}
+        pages = self._client.get_paginator("list_parts").paginate(**where)
+        arrived = sum(int(part["Size"]) for page in pages for part in page.get("Parts", []))
+        self._client.abort_multipart_upload(**where)
+        return arrived
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotFound), _translated(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+            self._brief.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def local_path(self, key: str) -> Path | None:
         validate_key(key)
@@ -179,14 +207,17 @@ class S3Store:
         return answer["Body"]
 
 
-def make_client(settings: Settings, endpoint: str) -> Any:
-    """A boto3 client; without keys in the settings boto3's own chain (environment, role) finds them."""
+def make_client(settings: Settings, endpoint: str, *, brief: bool = False) -> Any:
+    """A boto3 client; without keys in the settings boto3's own chain (environment, role) finds them.
+
+    `brief`: for small requests that others wait for: given up after seconds.
+    """
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path"} if endpoint else None,
-        retries={"max_attempts": 5, "mode": "standard"},
-        connect_timeout=5,
-        read_timeout=60,
+        retries={"max_attempts": 2 if brief else 5, "mode": "standard"},
+        connect_timeout=2 if brief else 5,
+        read_timeout=5 if brief else 60,
         max_pool_connections=4 * _IN_FLIGHT,
         request_checksum_calculation="when_required",  # we send sha256 ourselves
         response_checksum_validation="when_required",

@@ -18,7 +18,7 @@ import yaml
 from fastapi.routing import APIRoute
 
 from api import errors as api_errors
-from api.routes import artefacts, catalogues, checkpoints, events, health, jobs, plans, uploads
+from api.routes import artefacts, catalogues, checkpoints, events, health, jobs, keys, plans, uploads, webhooks
 from cli.main import app
 from core.config import Settings
 from core.errors import BitmillError
@@ -43,7 +43,7 @@ from core.tensors.writer import Part, SafetensorsWriter
 from tests.docs.scripts import script
 
 ROOT = Path(__file__).parents[2]
-ROUTERS = (artefacts, catalogues, checkpoints, events, health, jobs, plans, uploads)
+ROUTERS = (artefacts, catalogues, checkpoints, events, health, jobs, keys, plans, uploads, webhooks)
 
 
 EXAMPLES, DRAW = script("examples.py"), script("draw.py")
@@ -322,6 +322,11 @@ READ_FORMATS = (
     "grid8@tensor+opq0.95+rotate",
     "grid9@tensor+columns",
     "grid9@channel:fp16+columns+huffman",
+    "higgs2@8",
+    "higgs3-p1@tensor:bf16",
+    "higgs2.333-p3@4:fp32+rotate",
+    "higgs1.7-p4@channel+outliers0.1",
+    "higgs4.5-p2@8",
     "int4@8:signmax+rans",
     "int3.58-sym@channel:rms+huffman",
     "t_4@tensor:rms-search+rans",

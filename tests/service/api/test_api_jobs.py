@@ -51,7 +51,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
                  "calibration": {"text": "/etc/passwd"}}}, "path_not_allowed", "calibration.text"),
     ({"recipe": {"target": {"bits_per_param": 4}, "format": "int4@64", "allocation": "uniform",
                  "evaluation": {"text": "notes.txt"}}}, "path_not_allowed", "evaluation.text"),
-    ({"webhook": "https://example.org"}, "method_not_available", "webhook"),
+    ({"webhook": "https://example.org"}, "not_found", "https://example.org"),
     ({"checkpoint": "ckpt_unknown"}, "not_found", "ckpt_unknown"),
     ({"lables": {}}, "invalid_request", "lables"),
     ({"name": "a\0b"}, "invalid_request", ""),

@@ -136,9 +136,6 @@ class TestProblems:
         assert nobody.get("/livez", headers=given).headers["X-Request-Id"] == "trace-1.2_3"
         assert nobody.get("/livez", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"].startswith("req_")
 
-    def test_webhooks_are_refused_by_name(self, ada: TestClient) -> None:
-        problem(ada.post("/v1/webhooks", json={"url": "https://example.org"}), 422, "method_not_available")
-
 
 class TestHealth:
     """Who is there."""
