@@ -116,13 +116,17 @@ def test_the_table_has_the_reason_of_every_dash() -> None:
 
 
 def test_the_readme_quotes_the_least_divergence_at_every_size() -> None:
-    lines = [
-        line(row, kl_mean=kl, bits_per_param=2.9995, size_bytes=1_234_567)
-        for row, kl in zip(SCRIPT.ROWS, (0.5, 0.4, 0.03, 0.2, 0.7, 0.6, 0.05, 0.04), strict=False)
-    ]
-    uniform = line(allocation="uniform", kl_mean=0.01, bits_per_param=3.0, size_bytes=1_234_567)
-    rows = SCRIPT.best_table(known(*lines, uniform)).splitlines()[2:]
-    assert rows == ["| 2.9995 | 1.23 MB | `error_diffusion` | 0.03 | 0.5 | 0.7 |".replace("2.9995", f"{2.9995:.3f}")]
+    divergences = dict(
+        zip((row.title for row in SCRIPT.ROWS), (0.5, 0.4, 0.03, 0.2, 0.7, 0.6, 0.05, 0.04), strict=False)
+    )
+    size: dict[str, Any] = {"bits_per_param": 2.99961, "size_bytes": 1_234_567}
+    fisher = [line(row, kl_mean=divergences.get(row.title, 0.9), **size) for row in SCRIPT.ROWS]
+    uniform = [one | {"allocation": "uniform", "kl_mean": one["kl_mean"] + 0.01} for one in fisher]
+    rows = SCRIPT.best_table(known(*fisher, *uniform)).splitlines()[2:]
+    assert rows == ["| 3.000 | 1.23 MB | 0.03 | error_diffusion, fisher | 0.7 | 0.5 |"]
+    better = [one | {"kl_mean": one["kl_mean"] - 0.02} for one in uniform]
+    rows = SCRIPT.best_table(known(*fisher, *better)).splitlines()[2:]
+    assert rows == ["| 3.000 | 1.23 MB | 0.02 | error_diffusion, uniform | 0.69 | 0.49 |"]
 
 
 @pytest.mark.slow
