@@ -89,7 +89,8 @@ def _on_grid(
     encoder = Encoder(weight.detach().reshape(-1), fmt, shape, None, None)
     stored, factors = encoder.chosen_scales()
     scales = _grid_scales(factors.double() / layer.unit, encoder.grid.width, matrix, objective.order)
-    settings = GridSettings(waterfilled=False, shrinks=None, paths=chosen.paths or 1, mmse=0.0, classes=True)
+    paths, code = chosen.paths or 1, fmt.entropy_code or "rans"
+    settings = GridSettings(waterfilled=False, shrinks=None, paths=paths, mmse=0.0, classes=True, code=code)
     room = stored_parts(fmt, shape)["codes"][1][0]
     found = GridRounding(matrix, objective, scales, settings, seed).solved(room)
     parts = {"codes": as_part(found.data, room), **stored}

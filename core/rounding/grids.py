@@ -51,7 +51,7 @@ class GridSettings:
 
     `waterfilled`: steps c / L_ii, else c. `shrinks`: each column's numbers are decoded at their least squares, all at
     their common one (None), or as they are. `paths`: see `core.rounding.successive`. `mmse`: f of the damping f D.
-    `classes`: columns have models by classes where that is shorter; else one model for all.
+    `classes`: columns have models by classes where that is shorter; else one model for all. `code`: rans or huffman.
     """
 
     waterfilled: bool
@@ -59,6 +59,7 @@ class GridSettings:
     paths: int
     mmse: float
     classes: bool
+    code: str = "rans"
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class GridRounding:
         turned[self.objective.order.numpy()] = small
         matrix = np.empty(self.weight.shape, small.dtype)
         transpose(turned, matrix)
-        form, data = _shortest(matrix, forms if self.settings.classes else (None,))
+        form, data = _shortest(matrix, forms if self.settings.classes else (None,), self.settings.code)
         return Found(small, values, data, form)
 
     def coarsened(self, step: float, room: int) -> Found:
@@ -320,17 +321,17 @@ class GridRounding:
                 return found
 
 
-def _shortest(matrix: Small, forms: Sequence[int | None]) -> tuple[int | None, Bytes]:
+def _shortest(matrix: Small, forms: Sequence[int | None], code: str) -> tuple[int | None, Bytes]:
     """The form in which the matrix takes least, and its code; those that cannot be the shortest are not tried."""
     from core.tensors.entropy.matrix import class_bits
 
-    if 1 in matrix.shape or not matrix.size:
+    if 1 in matrix.shape or not matrix.size or code == "huffman":
         forms = (None,)
     if len(forms) > 1:
         lines = {None: matrix.reshape(1, -1), ROWS: matrix, COLUMNS: matrix.T}
         bits = {form: class_bits(lines[form]) for form in forms}
         forms = [form for form in forms if bits[form] <= _ALIKE * min(bits.values()) + _SIDE[0]]
-    found = [(form, coded_bytes(matrix, "rans", form)) for form in forms]
+    found = [(form, coded_bytes(matrix, code, form)) for form in forms]
     return min(found, key=lambda one: one[1].size)
 
 

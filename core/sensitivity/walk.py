@@ -287,7 +287,13 @@ class BlockWalk:
 
     def _called(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         lane: Lane | None = getattr(_HERE, "lane", None)
-        return module._call_impl(*args, **kwargs) if lane is None else lane.ask(Call(module, args, kwargs))
+        if lane is None:
+            return module._call_impl(*args, **kwargs)
+        if any(isinstance(one, torch.Tensor) and one.is_meta for one in (*args, *kwargs.values())):
+            raise UnsupportedArchitecture(
+                "the network puts its inputs where its weights lie", where=self._names[module]
+            )
+        return lane.ask(Call(module, args, kwargs))
 
     def _depart(self) -> None:
         threads = torch.get_num_threads()

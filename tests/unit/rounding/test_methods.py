@@ -27,7 +27,15 @@ from core.tensors.nearest import encode_nearest
 from tests.golden.covariance_families import family, weights
 
 FORMATS = {
-    "gptq": ("int4@32", "t5_4@64:signmax", "mxfp4", "normal4@channel+hadamard", "int3-asym@tensor", "grid3@channel"),
+    "gptq": (
+        "int4@32",
+        "t5_4@64:signmax",
+        "mxfp4",
+        "normal4@channel+hadamard",
+        "int3-asym@tensor",
+        "grid3@channel",
+        "grid4@tensor+huffman",
+    ),
     "watersic": ("grid3@tensor", "grid2.5@channel"),
     "error_diffusion": ("mxint4", "nf4@64"),
     "power_learned": ("power4@channel", "power0.7_3@channel"),

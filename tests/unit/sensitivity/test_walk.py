@@ -304,3 +304,19 @@ def test_the_callers_number_of_threads_is_as_it_was(llama: Path) -> None:
     other.start()
     other.join()
     assert [torch.get_num_threads(), *found] == [before, before]
+
+
+def test_a_network_that_puts_its_inputs_where_its_weights_lie_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a walk they lie nowhere until they are asked for, and what comes of such inputs would be anything."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    whole: Any = LlamaModel.forward
+
+    def moved(self: Any, input_ids: Tensor, **more: Any) -> Any:
+        return whole(self, input_ids=input_ids.to(self.embed_tokens.weight.device), **more)
+
+    monkeypatch.setattr(LlamaModel, "forward", moved)
+    with pytest.raises(UnsupportedArchitecture, match="where its weights lie"), walk_through(llama) as walk:
+        list(walk)
