@@ -120,12 +120,15 @@ def test_pieces_of_any_size_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch)
     shape=st.lists(st.integers(0, 20), max_size=3).map(tuple), text=st.sampled_from(FORMATS), seed=st.integers(0, 99)
 )
 @settings(max_examples=60, deadline=None)
-def test_any_shape_is_restored_with_less_error_than_weights_have(shape: tuple[int, ...], text: str, seed: int) -> None:
-    weight = data(shape, seed)
-    encoded = encode_nearest(weight, parse(text), seed=seed)
+def test_any_shape_is_restored_and_many_weights_with_less_error_than_they_have(
+    shape: tuple[int, ...], text: str, seed: int
+) -> None:
+    weight, fmt = data(shape, seed), parse(text)
+    encoded = encode_nearest(weight, fmt, seed=seed)
     assert encoded.decode().shape == weight.shape
     error, power = squared_error(weight, encoded)
-    assert error <= power * 1.01
+    # Points are made for the norms that vectors of Normal weights have; a few weights alone may lie nearer to 0.
+    assert error <= power * (1 if weight.numel() >= 32 * fmt.vector else 1.5)
 
 
 def test_products_with_all_points_find_what_the_tree_finds() -> None:
